@@ -120,7 +120,7 @@ class ActivationGenerator:
         if not self.use_sparse_tensors:
             return codes.to_dense()
         places = torch.stack([codes.row_ids(), codes.indices])
-        return torch.sparse_coo_tensor(places, codes.values, codes.shape, is_coalesced=True)
+        return torch.sparse_coo_tensor(places, codes.values, codes.shape, is_coalesced=True, check_invariants=False)
 
     def sample_codes(self, batch_size: int) -> SparseCodes:
         """`SparseCodes` of shape (batch_size, num_features), features ascending in every row, all values positive."""
