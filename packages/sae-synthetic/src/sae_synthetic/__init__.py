@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sae_synthetic.evaluation import (
         SyntheticDataEvalResult,
         eval_sae_on_synthetic_data,
-        evaluate_with_baseline,
         untrained_like,
     )
     from sae_synthetic.features import (
@@ -198,7 +197,6 @@ __all__ = [
     "create_correlation_matrix_from_correlations",
     "decoder_projection",
     "eval_sae_on_synthetic_data",
-    "evaluate_with_baseline",
     "feature_uniqueness",
     "find_best_feature_ordering",
     "find_best_feature_ordering_across_saes",
@@ -292,7 +290,6 @@ _HOMES = {
     "create_correlation_matrix_from_correlations": "correlation",
     "decoder_projection": "scores",
     "eval_sae_on_synthetic_data": "evaluation",
-    "evaluate_with_baseline": "evaluation",
     "feature_uniqueness": "scores",
     "find_best_feature_ordering": "plots",
     "find_best_feature_ordering_across_saes": "plots",

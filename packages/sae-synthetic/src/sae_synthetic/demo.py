@@ -15,7 +15,7 @@ from sae_core.training.trainer import Progress
 from torch import Tensor
 
 from sae_synthetic._random import checked_seed, derived_seed
-from sae_synthetic.evaluation import SyntheticDataEvalResult, evaluate_with_baseline, untrained_like
+from sae_synthetic.evaluation import SyntheticDataEvalResult, eval_sae_on_synthetic_data, untrained_like
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
 from sae_synthetic.firing_probabilities import linear_firing_probabilities
 from sae_synthetic.generator import ActivationGenerator
@@ -78,7 +78,9 @@ def run_demo(output: Path, seed: int = 0, samples: int = 1_000_000, report: bool
             curve.append({**progress.record, "MCC": mcc})
 
     result = Trainer(sae, source, config, callbacks=[watch]).fit()
-    trained, random = evaluate_with_baseline(sae, features, generator, num_samples=50_000)
+    trained = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000)
+    random = trained.baseline
+    assert random is not None
     vectors = {"trained": sae.W_dec.detach(), "random": untrained_like(sae).W_dec.detach()}
     rows = [
         ["explained variance", f"{trained.explained_variance:.3f}", f"{random.explained_variance:.3f}"],

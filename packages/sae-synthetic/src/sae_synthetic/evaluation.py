@@ -1,4 +1,4 @@
-"""An SAE judged against the truth, in one pass over held-out samples, with an untrained SAE beside it.
+"""An SAE judged against the truth on held-out samples, with an untrained SAE beside it.
 
 Samples come from a fork of the generator: an evaluation neither uses up nor repeats what training sees, and is the same
 each time.
@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from sae_core import SAE, create
-from sae_core.config import require, unstructure
+from sae_core import SAE
+from sae_core.config import require
 from sae_core.errors import ConfigError
 
-from sae_synthetic._random import derived_seed
+from sae_synthetic._random import derived_seed, generator_for
 from sae_synthetic.features import FeatureDictionary
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.matching import mean_correlation_coefficient
@@ -31,7 +31,7 @@ from sae_synthetic.scores import (
     feature_uniqueness,
 )
 
-__all__ = ["SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "evaluate_with_baseline", "untrained_like"]
+__all__ = ["SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "untrained_like"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class SyntheticDataEvalResult:
 
     `true_l0` and `sae_l0` are mean active features and latents a sample; `dead_latents` never fired; `shrinkage` is the
     mean of |reconstruction| / |input|; `mcc` matches decoder directions to true ones by |cosine|, `signed_mcc` by cosine;
-    `uniqueness` is the share of distinct best matches; `classification` takes latents as detectors.
+    `uniqueness` is the share of distinct best matches; `classification` takes latents as detectors. `baseline` holds the
+    same of an SAE that is `untrained_like` the one judged: what a random dictionary gets for nothing.
     """
 
     true_l0: float
@@ -54,13 +55,14 @@ class SyntheticDataEvalResult:
     signed_mcc: float
     num_latents: int
     num_samples: int
+    baseline: SyntheticDataEvalResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All values, nested as they are here."""
         return asdict(self)
 
     def to_log_dict(self, prefix: str = "") -> dict[str, float | int]:
-        """All values flat, ``classification/…`` for the detectors', each name after `prefix`."""
+        """All values flat, ``classification/…`` for the detectors', ``baseline/…`` for the untrained SAE's, after `prefix`."""
         return {f"{prefix}{name}": value for name, value in _flat(self.to_dict())}
 
 
@@ -71,11 +73,12 @@ def eval_sae_on_synthetic_data(
     activations_generator: ActivationGenerator,
     num_samples: int = 100_000,
     batch_size: int | None = None,
+    baseline: bool = True,
 ) -> SyntheticDataEvalResult:
     """Scores of `sae` on `num_samples` held-out samples, `batch_size` (by default 4,096) at a time.
 
-    Memory follows the batch size alone. The SAE is put into eval mode meanwhile. Raises ConfigError for sizes that do not
-    fit each other.
+    `baseline` adds those of an untrained SAE on the same samples, for as much time again. Memory follows the batch size
+    alone. The SAE is put into eval mode meanwhile. Raises ConfigError for sizes that do not fit each other.
     """
     require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     require(batch_size is None or batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
@@ -84,6 +87,7 @@ def eval_sae_on_synthetic_data(
             f"the SAE has d_in {sae.d_in}, the dictionary {feature_dict.num_features} features in {feature_dict.hidden_dim} "
             f"dimensions, the generator {activations_generator.num_features} features: they do not fit each other"
         )
+    world = (feature_dict, activations_generator, num_samples, batch_size)
     generator = activations_generator.held_out()
     directions, truth_vectors = sae.W_dec.detach(), feature_dict.feature_vectors.detach()
     true_l0, sae_l0, dead = L0Calculator(), L0Calculator(), DeadLatentsCalculator(sae.d_sae)
@@ -115,35 +119,22 @@ def eval_sae_on_synthetic_data(
         signed_mcc=mean_correlation_coefficient(directions, truth_vectors, signed=True),
         num_latents=sae.d_sae,
         num_samples=num_samples,
+        baseline=eval_sae_on_synthetic_data(untrained_like(sae), *world, baseline=False) if baseline else None,
     )
 
 
 def untrained_like(sae: SAE, seed: int = 0) -> SAE:
-    """An SAE of the same architecture and settings with random weights: the score that costs nothing."""
-    random = create(
-        sae.architecture,
-        seed=derived_seed(seed, "untrained baseline"),
-        device=sae.device,
-        dtype=sae.dtype,
-        **unstructure(sae.config),
-    )
-    return random.eval()
-
-
-def evaluate_with_baseline(
-    sae: SAE,
-    feature_dict: FeatureDictionary,
-    activations_generator: ActivationGenerator,
-    num_samples: int = 100_000,
-    batch_size: int | None = None,
-) -> tuple[SyntheticDataEvalResult, SyntheticDataEvalResult]:
-    """Scores of `sae`, and of `untrained_like` it, on the same samples."""
-    world = (feature_dict, activations_generator, num_samples, batch_size)
-    return eval_sae_on_synthetic_data(sae, *world), eval_sae_on_synthetic_data(untrained_like(sae), *world)
+    """An SAE of the same architecture and settings, its normalisation too, with random weights; in eval mode."""
+    random = type(sae)(sae.config).to(sae.dtype)
+    random.reset_parameters(generator_for(derived_seed(seed, "untrained baseline")))
+    random.normalization.load_state_dict(sae.normalization.state_dict())
+    return random.to(sae.device).eval()
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, float | int]]:
     flat: list[tuple[str, float | int]] = []
     for name, value in values.items():
+        if value is None:
+            continue
         flat += _flat(value, f"{above}{name}/") if isinstance(value, Mapping) else [(above + name, value)]
     return flat

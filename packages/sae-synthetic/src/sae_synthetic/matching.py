@@ -100,7 +100,7 @@ def _assign(a: Tensor, b: Tensor, signed: bool) -> NDArray[np.int64]:
         chosen, profit = _solve_and_price(rows, columns, weights, len(a), len(b), -1.0 if signed else 0.0)
         doubtful = ~complete & ((profit < outside - _SLACK) | (chosen < 0))
         if not doubtful.any():
-            return chosen
+            return _with_free_columns(chosen, len(b))
         added = np.flatnonzero(doubtful)
         if len(rows) + len(added) * len(b) > _MOST_EDGES:
             return _dense(a, b, signed)
@@ -110,6 +110,13 @@ def _assign(a: Tensor, b: Tensor, signed: bool) -> NDArray[np.int64]:
         columns = np.concatenate([columns[kept], np.tile(np.arange(len(b)), len(added))])
         weights = np.concatenate([weights[kept], all_cosines.ravel()])
         complete |= doubtful
+
+
+def _with_free_columns(chosen: NDArray[np.int64], num_columns: int) -> NDArray[np.int64]:
+    """Rows that stayed single although they saw every column (-1) gain the least from each: they take what is left."""
+    single = chosen < 0
+    chosen[single] = np.setdiff1d(np.arange(num_columns), chosen)[: single.sum()]
+    return chosen
 
 
 def _weights(a: Tensor, b: Tensor, signed: bool) -> Tensor:

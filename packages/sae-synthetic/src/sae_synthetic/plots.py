@@ -51,10 +51,13 @@ def require_plotly() -> Any:
 def find_best_feature_ordering(sae_features: Tensor, true_features: Tensor) -> Tensor:
     """(F,) order in which latents (F, D) best line up with true features (N, D): by the place of each one's best match.
 
+    That is the feature of the largest absolute cosine, as in the MCC.
+
     >>> find_best_feature_ordering(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2))
     tensor([1, 0])
     """
-    return torch.argsort(cosine_similarities(sae_features.detach(), true_features.detach()).argmax(dim=1), stable=True)
+    cosines = cosine_similarities(sae_features.detach(), true_features.detach())
+    return torch.argsort(cosines.abs().argmax(dim=1), stable=True)
 
 
 def find_best_feature_ordering_from_sae(sae: SAE, feature_dict: FeatureDictionary) -> Tensor:
@@ -65,8 +68,8 @@ def find_best_feature_ordering_from_sae(sae: SAE, feature_dict: FeatureDictionar
 def find_best_feature_ordering_across_saes(saes: Iterable[SAE], feature_dict: FeatureDictionary) -> Tensor:
     """(F,) the order of the SAE that lines up best with the truth, to plot several SAEs in one order.
 
-    Best is the largest summed cosine between latents, in their order, and the true features they take the places of; with
-    more latents than features, each latent counts with its best match. Raises ConfigError for no SAE.
+    Best is the largest summed cosine between latents, in their order, and the true features they take the places of; where
+    their numbers differ, each latent counts with its best match. Raises ConfigError for no SAE.
     """
     best: tuple[float, Tensor] | None = None
     for sae in saes:

@@ -1,7 +1,7 @@
 """Scores of a dictionary against the truth: pure functions, and streaming ones that are fed batch by batch.
 
 Everything that looks at activations takes dense tensors or `SparseCodes`, and works on the active entries only. A latent
-or feature is active where its value is positive.
+is active where its value is not zero (AbsTopK has negative ones), a true feature where it is positive.
 """
 
 # B rows, F latents, N true features, D width
@@ -101,7 +101,7 @@ class L0Calculator:
     def add_batch(self, activations: Tensor | SparseCodes) -> None:
         """Account for activations (B, anything)."""
         codes = _codes(activations)
-        self._active += int((codes.values > 0).sum())
+        self._active += int((codes.values != 0).sum())
         self._rows += codes.rows
 
     def compute(self) -> float:
@@ -121,7 +121,7 @@ class DeadLatentsCalculator:
         codes = _codes(sae_latents)
         if codes.d_sae != len(self._fired):
             raise ShapeError(f"DeadLatentsCalculator: {codes.d_sae} latents, made for {len(self._fired)}")
-        self._fired[codes.indices[codes.values > 0].cpu()] = True
+        self._fired[codes.indices[codes.values != 0].cpu()] = True
 
     def compute(self) -> int:
         """The number."""
@@ -212,8 +212,8 @@ class ClassificationMetricsCalculator:
                 f"classification: latents {latents.shape} and features {truth.shape} do not fit "
                 f"(rows, {len(self._fired)}) and (rows, {self._num_features})"
             )
-        rows, fired = _active(latents)
-        truth_rows, present = _active(truth)
+        rows, fired = _entries(latents, latents.values != 0)
+        truth_rows, present = _entries(truth, truth.values > 0)
         keys = torch.sort(truth_rows * self._num_features + present).values
         wanted = rows * self._num_features + self.matches[fired]
         place = torch.searchsorted(keys, wanted)
@@ -257,9 +257,8 @@ def _codes(activations: Tensor | SparseCodes) -> SparseCodes:
     return SparseCodes.from_dense(activations.to_dense() if activations.is_sparse else activations)
 
 
-def _active(codes: SparseCodes) -> tuple[Tensor, Tensor]:
-    """(entries,) rows and (entries,) columns of positive entries, on the CPU."""
-    active = codes.values > 0
+def _entries(codes: SparseCodes, active: Tensor) -> tuple[Tensor, Tensor]:
+    """(entries,) rows and (entries,) columns of the active entries, on the CPU."""
     return codes.row_ids()[active].cpu(), codes.indices[active].cpu()
 
 

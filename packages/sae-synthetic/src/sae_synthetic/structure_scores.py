@@ -86,7 +86,7 @@ def structure_scores(
         codes = generator.sample_codes(min(batch_size, num_samples - start))
         latents = sae.encode_sparse(feature_dict(codes).to(sae.device, sae.dtype))
         fires = codes.to_dense().cpu() > 0
-        speaks = latents.to_dense().cpu() > 0
+        speaks = latents.to_dense().cpu() != 0
         with_parent, with_child = fires[:, parents], fires[:, children]
         silent = ~speaks[:, parent_latents]
         both, alone = with_parent & with_child, with_parent & ~with_child
@@ -106,6 +106,8 @@ def _pairs(edges: Sequence[tuple[int, int]] | Sequence[HierarchyNode] | None, ge
         pairs = torch.tensor([list(edge) for edge in edges or [] if not isinstance(edge, HierarchyNode)])
     if not len(pairs):
         raise ConfigError("structure_scores: there is no hierarchy; give edges as pairs (parent, child)")
+    fits = pairs.shape[1:] == (2,) and 0 <= int(pairs.min()) <= int(pairs.max()) < generator.num_features
+    require(fits, f"structure_scores: edges must be pairs of features below {generator.num_features}, found {edges}")
     return pairs
 
 

@@ -37,25 +37,29 @@ class Synthetic:
             metavar="DIR",
             help="where result.json and report.html go (default: runs/synthetic-NAME)",
         )
+        run.add_argument(
+            "--overwrite", action="store_true", help="replace a result that is already in the output folder"
+        )
         run.add_argument("--no-report", action="store_true", help="write no HTML report (it needs plotly)")
 
     def run(self, args: argparse.Namespace) -> int:
         """List, or run and save."""
         from sae_core.cli.tables import table
 
-        from sae_synthetic.experiments import PRESETS, get_preset, run_preset
+        from sae_synthetic.experiments import PRESETS, get_preset
 
         if args.action == "list":
             rows = [[p.name, p.summary, p.paper, p.duration] for p in PRESETS.values()]
             print(table(["NAME", "WHAT IT SHOWS", "PUBLISHED", "2 CORES"], rows))
             return 0
-        get_preset(args.name)
-        folder = _usable(args.output or Path("runs") / f"synthetic-{args.name}")
+        preset = get_preset(args.name)
+        settings = preset.settings(args.seeds, args.scale, args.device)
+        folder = _usable(args.output or Path("runs") / f"synthetic-{args.name}", args.overwrite)
         if not args.no_report:
             from sae_synthetic.plots import require_plotly
 
             require_plotly()
-        result = run_preset(args.name, args.seeds, args.scale, args.device)
+        result = preset.load()(settings)
         print(f"{result.name} ({result.paper})\n{textwrap.fill(result.setting, 79)}\n")
         print(table([column.upper() for column in result.columns], result.rows))
         print()
@@ -67,10 +71,12 @@ class Synthetic:
         return 0
 
 
-def _usable(folder: Path) -> Path:
-    """The folder, made now: hours of training must not end in a path that cannot be written."""
+def _usable(folder: Path, overwrite: bool) -> Path:
+    """The folder, made now: hours of training must not end in a path that cannot be written, nor in the loss of others."""
     from sae_core.errors import ConfigError
 
+    if (folder / "result.json").exists() and not overwrite:
+        raise ConfigError(f"{folder}: already holds a result; choose another --output or pass --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

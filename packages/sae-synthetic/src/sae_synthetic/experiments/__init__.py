@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae_core.errors import UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
-    from sae_synthetic.experiments.result import ExperimentResult
+    from sae_synthetic.experiments.result import ExperimentResult, Settings
 
 __all__ = ["PRESETS", "Preset", "get_preset", "run_preset"]
 
@@ -29,10 +29,18 @@ class Preset:
     seeds: int
     target: str
 
-    def load(self) -> Callable[..., Any]:
-        """The function that runs it, of `sae_synthetic.experiments.result.Settings`."""
+    def load(self) -> Callable[[Settings], ExperimentResult]:
+        """The function that runs it."""
         module, _, function = self.target.partition(":")
         return getattr(importlib.import_module(module), function)
+
+    def settings(
+        self, seeds: int | None = None, scale: float = 1.0, device: str = "cpu", progress: bool = True
+    ) -> Settings:
+        """How to run it, by default with its own number of seeds. Raises ConfigError for impossible settings."""
+        from sae_synthetic.experiments.result import Settings
+
+        return Settings(seeds=self.seeds if seeds is None else seeds, scale=scale, device=device, progress=progress)
 
 
 _HERE = "sae_synthetic.experiments"
@@ -60,7 +68,7 @@ PRESETS = {
             name="hedging",
             summary="An SAE without room for a child mixes it into its parent",
             paper="arXiv 2505.11756",
-            duration="1 minute",
+            duration="10 seconds",
             seeds=1,
             target=f"{_HERE}.hedging:run",
         ),
@@ -68,7 +76,7 @@ PRESETS = {
             name="absorption",
             summary="Matryoshka's inner weight between absorption and hedging",
             paper="arXiv 2505.11756",
-            duration="1 minute",
+            duration="20 seconds",
             seeds=1,
             target=f"{_HERE}.absorption:run",
         ),
@@ -84,7 +92,7 @@ PRESETS = {
             name="synthsaebench-mini",
             summary="SynthSAEBench at 1/16 of its size, five architectures",
             paper="arXiv 2602.14687",
-            duration="10 minutes",
+            duration="7 minutes",
             seeds=1,
             target=f"{_HERE}.synthsaebench:run_mini",
         ),
@@ -116,8 +124,5 @@ def run_preset(
     `scale` multiplies the training samples: 0.1 is a quick look whose numbers are worse. Raises ConfigError for impossible
     settings.
     """
-    from sae_synthetic.experiments.result import Settings
-
     preset = get_preset(name)
-    settings = Settings(seeds=preset.seeds if seeds is None else seeds, scale=scale, device=device, progress=progress)
-    return preset.load()(settings)
+    return preset.load()(preset.settings(seeds, scale, device, progress))

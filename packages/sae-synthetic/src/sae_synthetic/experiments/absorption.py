@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sae_core import SAE
 
+from sae_synthetic.evaluation import untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
 from sae_synthetic.generator import ActivationGenerator
@@ -45,11 +46,11 @@ def run(settings: Settings) -> ExperimentResult:
     samples = settings.samples(SAMPLES, BATCH)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in WEIGHTS}
     saes: dict[str, SAE] = {}
+    firing = ActivationGenerator(FEATURES, torch.tensor(RATES), modify_activations=hierarchy_modifier(tree), seed=0)
+    firing.to(settings.device)
     with settings.runs(len(WEIGHTS) * settings.seeds) as runs:
         for seed, name in itertools.product(range(settings.seeds), WEIGHTS):
-            generator = ActivationGenerator(
-                FEATURES, torch.tensor(RATES), modify_activations=hierarchy_modifier(tree), seed=seed
-            ).to(settings.device)
+            generator = firing.fork(seed)
             sae = runs.train(
                 f"inner weight {name}, seed {seed}",
                 "matryoshka_l1",
@@ -64,6 +65,7 @@ def run(settings: Settings) -> ExperimentResult:
             )
             scores[name].append(_scores(sae, features, generator))
             saes.setdefault(name, sae)
+    scores["untrained"] = [_scores(untrained_like(saes["0"]), features, firing)]
     mean = {name: {key: sum(s[key] for s in runs_) / len(runs_) for key in runs_[0]} for name, runs_ in scores.items()}
     return ExperimentResult(
         name="absorption",
@@ -77,7 +79,7 @@ def run(settings: Settings) -> ExperimentResult:
         rows=[
             [
                 name,
-                PUBLISHED[name],
+                PUBLISHED.get(name, ""),
                 *(
                     mean_and_spread([score[key] for score in runs_])
                     for key in ("encoder_lean", "hedging", "child_lean", "absorption")

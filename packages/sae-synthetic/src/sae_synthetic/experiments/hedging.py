@@ -18,6 +18,7 @@ from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, 
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.hierarchy import HierarchyNode
+from sae_synthetic.matching import random_dictionary
 from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_similarity
 from sae_synthetic.source import SyntheticActivationIterator
@@ -52,6 +53,8 @@ def run(settings: Settings) -> ExperimentResult:
             )
             leans[name].append(cosine_similarities(sae.W_dec.detach(), features.feature_vectors.detach())[0].tolist())
             saes.setdefault(name, sae)
+    cosines = cosine_similarities(random_dictionary(1, WIDTH), features.feature_vectors.detach().cpu())
+    leans["random direction"] = cosines.tolist()
     child = {name: [cosines[1] for cosines in values] for name, values in leans.items()}
     mean = {name: sum(values) / len(values) for name, values in child.items()}
     data: dict[str, Any] = {"cosines with parent and child": leans}
@@ -63,8 +66,8 @@ def run(settings: Settings) -> ExperimentResult:
         "published is the sign of the child's part.",
         columns=["features", "with parent", "with child", "published"],
         rows=[
-            [name, mean_and_spread([c[0] for c in leans[name]]), mean_and_spread(child[name]), published]
-            for name, published in PUBLISHED.items()
+            [name, mean_and_spread([c[0] for c in cosines]), mean_and_spread(child[name]), PUBLISHED.get(name, "")]
+            for name, cosines in leans.items()
         ],
         claims=[
             Claim("below a parent the child is mixed in", mean["hierarchy"] > 0.05),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from sae_core import SAE, TrainConfig, Trainer, create
 from sae_core.config import require
+from sae_core.errors import ConfigError
 from sae_core.format.write import write_atomically
 from sae_core.training.trainer import Callback
 from torch import Tensor
@@ -38,6 +39,14 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds must be at least 1, not {self.seeds}")
         require(0 < self.scale <= 100, f"scale must be in (0, 100], not {self.scale}")
+        try:
+            torch.empty(0, device=self.device)
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # torch raises either, for a wrong name and for a missing driver
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device: {self.device!r} cannot be used: {reason}") from error
 
     def samples(self, published: int, batch_size: int) -> int:
         """The training samples at this scale, at least twenty batches."""

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from sae_core import SAE
-from torch import Tensor
 
 from sae_synthetic.correlation import create_correlation_matrix_from_correlations, generate_random_correlations
-from sae_synthetic.evaluation import eval_sae_on_synthetic_data
+from sae_synthetic.evaluation import eval_sae_on_synthetic_data, untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.features import FeatureDictionary
 from sae_synthetic.generator import ActivationGenerator
@@ -38,14 +37,15 @@ FIXED: tuple[int, ...] = (2, 5, 9, 11, 14, 18)
 MOVING = {"20 to 11": (20, 11), "2 to 11": (2, 11)}
 PROJECTION_PLACE = 20
 PUBLISHED = {
-    2: "broken",
-    5: "feature 0 hedged",
-    9: "feature 0 hedged",
-    11: "all found",
-    14: "degenerate",
-    18: "degenerate",
+    "2": "broken",
+    "5": "feature 0 hedged",
+    "9": "feature 0 hedged",
+    "11": "all found",
+    "14": "degenerate",
+    "18": "degenerate",
+    "20 to 11": "all found",
+    "2 to 11": "broken",
 }
-PUBLISHED_MOVING = {"20 to 11": "all found", "2 to 11": "broken"}
 
 
 def run(settings: Settings) -> ExperimentResult:
@@ -58,7 +58,7 @@ def run(settings: Settings) -> ExperimentResult:
         name: {"from": start, "to": end, "over": 0.6} for name, (start, end) in MOVING.items()
     }
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, SAE] = {}
     with settings.runs(len(plans) * settings.seeds) as runs:
         for seed, (name, k) in itertools.product(range(settings.seeds), plans.items()):
             sae = runs.train(
@@ -74,7 +74,8 @@ def run(settings: Settings) -> ExperimentResult:
                 dead_after_samples=200_000,
             )
             scores[name].append(_scores(sae, k if isinstance(k, int) else RIGHT, features, generator))
-            kept.setdefault(name, sae.W_dec.detach())
+            kept.setdefault(name, sae)
+    scores["untrained"] = [_scores(untrained_like(kept[str(RIGHT)]), RIGHT, features, generator)]
     mean = {name: {key: _mean(runs_, key) for key in runs_[0]} for name, runs_ in scores.items()}
     fixed = {k: mean[str(k)] for k in FIXED}
     lowest = min(fixed, key=lambda k: fixed[k]["projection"])
@@ -89,7 +90,7 @@ def run(settings: Settings) -> ExperimentResult:
         rows=[
             [
                 name,
-                PUBLISHED_MOVING.get(name) or PUBLISHED[int(name)],
+                PUBLISHED.get(name, ""),
                 mean_and_spread([score["mcc"] for score in scores[name]]),
                 f"{values['hedging']:.3f}",
                 f"{values['projection']:.3f}",
@@ -132,7 +133,7 @@ def run(settings: Settings) -> ExperimentResult:
             *(
                 (
                     f"Decoder with k {name}",
-                    partial(plot_similarity, {f"k {name}": kept[name]}, features.feature_vectors),
+                    partial(plot_similarity, {f"k {name}": kept[name].W_dec}, features.feature_vectors),
                 )
                 for name in ("5", "11", "18", "20 to 11")
             ),
@@ -158,7 +159,7 @@ def world() -> tuple[FeatureDictionary, ActivationGenerator]:
 
 @torch.no_grad()
 def _scores(sae: SAE, k: int, features: FeatureDictionary, generator: ActivationGenerator) -> dict[str, float]:
-    held_out = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000)
+    held_out = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000, baseline=False)
     codes = generator.held_out().sample_codes(20_000)
     hidden = features(codes)
     truth = codes.to_dense()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sae_core import SAE
 
-from sae_synthetic.evaluation import eval_sae_on_synthetic_data
+from sae_synthetic.evaluation import eval_sae_on_synthetic_data, untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.experiments.steering import SteerL0
 from sae_synthetic.features import FeatureDictionary
@@ -80,18 +80,10 @@ def run(settings: Settings) -> ExperimentResult:
                 lr=LEARNING_RATE,
                 lr_decay_samples=samples // 4,
             )
-            held_out = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000)
-            structure = structure_scores(sae, features, generator)
-            scores[name].append(
-                {
-                    "mcc": held_out.mcc,
-                    "l0": held_out.sae_l0,
-                    "explained_variance": held_out.explained_variance,
-                    "absorption": structure.absorption,
-                    "child_lean": structure.child_lean,
-                }
-            )
+            scores[name].append(_scores(sae, features, generator))
             saes.setdefault(name, (sae, features))
+    sae, features = saes["nested"]
+    scores["untrained"] = [_scores(untrained_like(sae), features, world(0)[1].to(settings.device))]
     mean = {name: {key: sum(s[key] for s in runs_) / len(runs_) for key in runs_[0]} for name, runs_ in scores.items()}
     return ExperimentResult(
         name="tree",
@@ -102,7 +94,7 @@ def run(settings: Settings) -> ExperimentResult:
         rows=[
             [
                 name,
-                PUBLISHED[name],
+                PUBLISHED.get(name, ""),
                 *(mean_and_spread([s[key] for s in runs_]) for key in ("mcc", "absorption", "child_lean")),
                 f"{mean[name]['l0']:.2f}",
                 f"{mean[name]['explained_variance']:.3f}",
@@ -121,3 +113,15 @@ def run(settings: Settings) -> ExperimentResult:
         ],
         seconds=runs.seconds,
     )
+
+
+def _scores(sae: SAE, features: FeatureDictionary, generator: ActivationGenerator) -> dict[str, float]:
+    held_out = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000, baseline=False)
+    structure = structure_scores(sae, features, generator)
+    return {
+        "mcc": held_out.mcc,
+        "l0": held_out.sae_l0,
+        "explained_variance": held_out.explained_variance,
+        "absorption": structure.absorption,
+        "child_lean": structure.child_lean,
+    }
