@@ -44,7 +44,7 @@ class LowRankCorrelationMatrix(NamedTuple):
     correlation_diag: Tensor
 
 
-CorrelationMatrixInput = Tensor | LowRankCorrelationMatrix
+CorrelationMatrixInput = Tensor | LowRankCorrelationMatrix | tuple[Tensor, Tensor]
 
 
 def create_correlation_matrix_from_correlations(
@@ -189,9 +189,9 @@ def nearest_correlation_matrix(matrix: Tensor, smallest_eigenvalue: float = 1e-4
     return _made_definite(current, warn=False, smallest=smallest_eigenvalue).to(matrix.dtype)
 
 
-def validated_correlation(matrix: CorrelationMatrixInput, num_features: int) -> None:
-    """Raise ConfigError unless `matrix` is a positive definite correlation matrix of that many features."""
-    if isinstance(matrix, LowRankCorrelationMatrix):
+def validated_correlation(matrix: CorrelationMatrixInput, num_features: int) -> Tensor | LowRankCorrelationMatrix:
+    """`matrix`, a plain pair named; ConfigError unless it is a positive definite correlation of that many features."""
+    if isinstance(matrix, tuple) and len(matrix) == 2 and all(isinstance(part, Tensor) for part in matrix):
         factor, diagonal = matrix
         if factor.dim() != 2 or factor.shape[0] != num_features or diagonal.shape != (num_features,):
             raise ConfigError(
@@ -206,7 +206,11 @@ def validated_correlation(matrix: CorrelationMatrixInput, num_features: int) -> 
             error <= max(tolerance, 1e-4),
             f"correlation_matrix: the diagonal of F F^T + diag(d) must be 1; it is off by {error:.2g}",
         )
-        return
+        return LowRankCorrelationMatrix(factor, diagonal)
+    if not isinstance(matrix, Tensor):
+        raise ConfigError(
+            f"correlation_matrix must be a tensor, a LowRankCorrelationMatrix or its pair of tensors, not {matrix!r}"
+        )
     if matrix.shape != (num_features, num_features):
         raise ConfigError(f"correlation_matrix: shape {tuple(matrix.shape)} does not fit {num_features} features")
     require(bool(torch.isfinite(matrix).all()), "correlation_matrix: it has entries that are not finite")
@@ -218,6 +222,7 @@ def validated_correlation(matrix: CorrelationMatrixInput, num_features: int) -> 
             f"correlation_matrix: it is not positive definite (smallest eigenvalue {smallest:.3g}), so no variables have these "
             "correlations; sae_synthetic.nearest_correlation_matrix(matrix) gives the nearest one that is"
         )
+    return matrix
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:

@@ -21,7 +21,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from sae_synthetic.correlation import CorrelationMatrixInput, LowRankCorrelationMatrix
+from sae_synthetic.correlation import LowRankCorrelationMatrix
 
 __all__ = ["Children", "Draw", "Firing", "FullFiring", "IndependentFiring", "LowRankFiring", "make_firing"]
 
@@ -73,7 +73,9 @@ class Firing(Protocol):
     def begin(self, batch_size: int, generator: torch.Generator) -> Draw: ...
 
 
-def make_firing(probabilities_N: Tensor, correlation: CorrelationMatrixInput | None, parent_N: Tensor) -> Firing:
+def make_firing(
+    probabilities_N: Tensor, correlation: Tensor | LowRankCorrelationMatrix | None, parent_N: Tensor
+) -> Firing:
     """The distribution with these marginal probabilities before the hierarchy `parent_N`, on their device."""
     if correlation is None:
         return IndependentFiring(probabilities_N, parent_N)

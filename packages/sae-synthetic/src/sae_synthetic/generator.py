@@ -80,9 +80,9 @@ class ActivationGenerator:
         for name in ("std_firing_magnitudes", "mean_firing_magnitudes"):
             values: Tensor = getattr(self, name)
             _require_all(values >= 0, values, f"{name} must not be negative")
-        if correlation_matrix is not None:
-            validated_correlation(correlation_matrix, num_features)
-        self.correlation_matrix = correlation_matrix
+        self.correlation_matrix = (
+            None if correlation_matrix is None else validated_correlation(correlation_matrix, num_features)
+        )
         self.modify_activations = as_modifiers(modify_activations)
         self._hierarchy = first_hierarchy(self.modify_activations)
         self._stream = RandomStream(seed)
