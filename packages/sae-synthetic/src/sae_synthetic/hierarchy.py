@@ -26,7 +26,7 @@ from torch import Tensor
 from sae_synthetic._random import checked_seed
 from sae_synthetic.registry import settings_of
 
-__all__ = ["Hierarchy", "HierarchyConfig", "HierarchyNode", "HierarchyPlan", "generate_hierarchy"]
+__all__ = ["Hierarchy", "HierarchyConfig", "HierarchyNode", "HierarchyPlan", "generate_hierarchy", "validate_forest"]
 
 
 @final

@@ -432,7 +432,7 @@ def _make_generator(
     if "firing_probabilities" not in tensors:
         wanted = cfg.firing_probability.generate(cfg.num_features, base)
         if hierarchy is not None and cfg.hierarchy is not None and cfg.hierarchy.compensate_probabilities:
-            wanted = (wanted * hierarchy.compute_probability_correction_factors(wanted)).clamp_max(1.0)
+            wanted = _compensated(wanted, hierarchy)
         tensors["firing_probabilities"] = wanted
     for name, seed in (("std_firing_magnitudes", base + 1), ("mean_firing_magnitudes", base + 2)):
         if name not in tensors:
@@ -448,6 +448,19 @@ def _make_generator(
         dtype=cfg.dtype,
         seed=derived_seed(base, "samples"),
     )
+
+
+def _compensated(wanted_N: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """(N,) probabilities raised for the hierarchy; a warning where even 1 is too little."""
+    raised_N = wanted_N * hierarchy.compute_probability_correction_factors(wanted_N)
+    if too_rare := int(((raised_N > 1) & (wanted_N < 1)).sum()):
+        warnings.warn(
+            f"hierarchy.compensate_probabilities: {too_rare} of {len(wanted_N)} features would need a probability of more "
+            "than 1 where their parent fires and get 1; they stay rarer than wanted. Lower firing_probability, or take "
+            "firing_probabilities_for_rates, which is exact",
+            stacklevel=4,
+        )
+    return raised_N.clamp_max(1.0)
 
 
 def _checked(tensors: dict[str, Tensor], cfg: SyntheticModelConfig, path: Path) -> dict[str, Tensor]:

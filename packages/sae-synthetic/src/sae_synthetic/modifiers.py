@@ -17,7 +17,7 @@ from sae_core.errors import ConfigError, ShapeError
 from torch import Tensor
 
 from sae_synthetic._random import generator_for
-from sae_synthetic.hierarchy import HierarchyNode, HierarchyPlan
+from sae_synthetic.hierarchy import HierarchyNode, HierarchyPlan, validate_forest
 
 if TYPE_CHECKING:
     from sae_synthetic.generator import ActivationGenerator
@@ -49,7 +49,9 @@ def as_modifiers(modifiers: ActivationsModifierInput) -> list[ActivationsModifie
     """None, one modifier or several, as a list. Raises ConfigError for anything that cannot be called."""
     if modifiers is None:
         return []
-    several = [modifiers] if callable(modifiers) else list(modifiers)
+    several: list[Any] = (
+        list(modifiers) if isinstance(modifiers, Sequence) and not isinstance(modifiers, str) else [modifiers]
+    )
     for modifier in several:
         if not callable(modifier):
             raise ConfigError(f"modify_activations: {modifier!r} is not a function of activations")
@@ -105,8 +107,9 @@ class HierarchyModifier:
 
     def __init__(self, roots: Sequence[HierarchyNode]) -> None:
         self.roots = list(roots)
+        validate_forest(self.roots)
         self._least_features = 1 + max((index for root in roots for index in root.get_all_feature_indices()), default=0)
-        HierarchyPlan(self.roots, self._least_features)  # validates now, not at the first sample
+        HierarchyPlan(self.roots, self._least_features)  # refuses what has no meaning now, not at the first sample
         self._plans: dict[tuple[int, torch.device], HierarchyPlan] = {}
         self._own_source = generator_for(None)
 
