@@ -92,6 +92,15 @@ def test_bad_activations_stop_the_run_and_what_was_learnt_is_kept(run_file: Path
     assert "saved in" in done.stderr
     assert "Traceback" not in done.stderr
     assert SAE.load(run_file.parent / "out" / "interrupted").W_dec.isfinite().all()
+
+
+def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file: Path) -> None:
+    done = command("train", run_file, "--set", "train.lr=1e30", "--set", "train.grad_clip_norm=null")
+    assert done.returncode == 1
+    assert "training diverged" in done.stderr
+    assert "Lower lr" in done.stderr
+    assert "cannot be kept" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (run_file.parent / "out" / "cfg.json").exists()
 
 

@@ -82,7 +82,7 @@ def test_eval_on_other_text_uses_all_of_it_and_says_when_it_is_short(
         (["--text", "nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["--set", "context_siz=3"], "did you mean 'context_size'"),
         (["--set", "context_size"], "write key=value"),
-        (["--set", "hook.deeper=1"], "'hook' is not a group of settings"),
+        (["--set", "hook.deeper=1"], "'hook' is one value, not a group of settings"),
         (["--set", "hook=model.layers.9"], "no module 'model.layers.9'"),
         (["--set", "text.held_out=0.0"], "no text was held out in training"),
         (["--metric", "hoier"], "unknown metric 'hoier'"),

@@ -249,7 +249,7 @@ def test_users_files_are_found_in_the_config_folder_and_by_the_variable(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LAB + "lab-saes: {}\n", r"lab.yaml, line 12: the key 'lab-saes' is given twice"),
+        (LAB + "lab-saes: {}\n", r"lab.yaml: line 12: the key 'lab-saes' is given twice"),
         (LAB.replace("model:", "modle:"), r"lab.yaml: release 'lab-saes': unknown key 'modle'; did you mean 'model'"),
         (LAB.replace("columns:", "column:"), r"lab.yaml: release 'lab-saes': SAE group 1: unknown key 'column'"),
         (LAB.replace("  repository: lab/saes\n", ""), r"missing key 'repository'"),
@@ -264,7 +264,7 @@ def test_users_files_are_found_in_the_config_folder_and_by_the_variable(
         ("- lab-saes\n", r"expected a mapping of release names"),
         ("lab-saes: 3\n", r"expected a mapping with the keys repository, model"),
         ("a: [\n", r"lab.yaml: not valid YAML"),
-        ("? [1, 2]\n: x\n", r"not valid YAML"),
+        ("? [1, 2]\n: x\n", r"cannot be a key"),
         ("12: {}\n", r"the release name 12 must be text"),
         (LAB.replace("lab-saes", "gpt2-small-res-jb"), r"'gpt2-small-res-jb' comes with sae-pretrained"),
     ],

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from sae_core.config import option, require, structure, unstructure
 from sae_core.errors import ConfigError, FormatError
 from sae_core.format.files import CONFIG_FILE
@@ -32,6 +30,7 @@ from sae_core.protocols import ActivationSource, Logger
 from sae_core.sae import SAE, create
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.trainer import TrainConfig, Trainer, TrainResult
+from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
 
 __all__ = ["RunConfig", "execute", "read_run"]
 
@@ -64,16 +63,18 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"{path}: cannot read the run file: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text: {error}") from None
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise FormatError(f"{path}: a run file is a mapping with the keys sae, source, train and output")
     run = cast("dict[str, Any]", data)
     for override in overrides:
-        _override(run, override)
+        set_by_override(run, override)
     return structure(run, RunConfig, where=str(path))
 
 
@@ -96,8 +97,7 @@ def execute(run: RunConfig, *, overwrite: bool = False) -> TrainResult:
         result = trainer.fit()
     except BaseException as error:
         if trainer.steps:
-            kept = sae.save(run.output / "interrupted")
-            error.add_note(f"what was learnt in {trainer.samples} samples is saved in {kept}")
+            error.add_note(_keep(sae, run.output / "interrupted", trainer.samples))
         raise
     result.sae.save(run.output)
     return result
@@ -111,6 +111,13 @@ def resolved(run: RunConfig, sae: SAE, source: ActivationSource) -> dict[str, An
         "sae": {"architecture": run.sae["architecture"], **unstructure(sae.config)},
         "source": {"name": run.source["name"], **(unstructure(config) if dataclasses.is_dataclass(config) else {})},
     }
+
+
+def _keep(sae: SAE, folder: Path, samples: int) -> str:
+    try:
+        return f"what was learnt in {samples} samples is saved in {sae.save(folder)}"
+    except FormatError as error:  # weights that diverged cannot be saved; why training stopped matters more
+        return f"what was learnt in {samples} samples cannot be kept: {error}"
 
 
 def _new_sae(run: RunConfig, source: ActivationSource) -> SAE:
@@ -130,22 +137,6 @@ def _component(settings: Mapping[str, Any], kind: str, seed: int | None = None) 
     return component(structure(fields, config_class, where=f"{kind} {settings['name']!r}"))
 
 
-def _override(run: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not equals or not all((*parents, leaf)):
-        raise ConfigError(f"--set {override!r}: write key=value, with dots for nested keys, say train.lr=0.001")
-    place = run
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is not a mapping in the run file")
-    try:
-        place[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {value!r} is not valid YAML: {error}") from None
-
-
 def _write_yaml(path: Path, data: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(data), sort_keys=False)
+    text = to_yaml(data)
     write_atomically(path, lambda temporary: cast("None", temporary.write_text(text, encoding="utf-8")))

@@ -233,22 +233,12 @@ def _read_toml(path: Path) -> Mapping[str, Any]:
 
 def _read_yaml(path: Path) -> Any:
     """The plain data of a YAML file, in which no key may come twice."""
-    import yaml
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise ConfigError(f"{path}, line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
+    from sae_core.yaml_text import parse_yaml
 
     try:
-        return yaml.load(_read_text(path), UniqueKeyLoader)
-    except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list or a mapping
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        return parse_yaml(_read_text(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _read_text(path: Path) -> str:

@@ -110,13 +110,14 @@ def _source(metadata: Mapping[str, Any], args: argparse.Namespace) -> HuggingFac
     """The source the SAE was trained on, changed as the command line says."""
     from sae_core.config import require, structure
     from sae_core.errors import ConfigError
+    from sae_core.yaml_text import set_by_override
 
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
 
     known = cast("Mapping[str, Any]", metadata.get("sae_lm") or {}).get("source", {})
     settings: dict[str, Any] = {**known, "device": args.device}
     for override in args.overrides:
-        _override(settings, override)
+        set_by_override(settings, override)
     if args.text is not None:
         settings["text"] = {"kind": "file", "path": str(Path(args.text))}
     missing = sorted({"model", "hook"} - set(settings))
@@ -142,27 +143,6 @@ def _warn_of_other_python(metadata: Mapping[str, Any], source: HuggingFaceSource
             "where docstrings changed, the held-out text may resemble text trained on",
             file=sys.stderr,
         )
-
-
-def _override(settings: dict[str, Any], override: str) -> None:
-    import yaml
-    from sae_core.errors import ConfigError
-
-    key, equals, value = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not equals or not all((*parents, leaf)):
-        raise ConfigError(f"--set {override!r}: write key=value, with dots for nested keys, say text.split=test")
-    place = settings
-    for parent in parents:
-        inner = place.get(parent) or {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is not a group of settings")
-        place[parent] = {**inner}
-        place = place[parent]
-    try:
-        place[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {value!r} is not valid YAML: {error}") from None
 
 
 def _described(source: HuggingFaceSource, args: argparse.Namespace) -> dict[str, Any]:

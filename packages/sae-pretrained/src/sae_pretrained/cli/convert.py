@@ -50,7 +50,7 @@ class Convert:
 
 
 def _facts(given: list[str]) -> dict[str, Any]:
-    import yaml
+    from sae_core.yaml_text import parse_yaml
 
     facts: dict[str, Any] = {}
     for item in given:
@@ -58,7 +58,7 @@ def _facts(given: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"--fact {item!r}: expected NAME=VALUE")
         try:
-            facts[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--fact {item!r}: the value is not YAML: {error}") from None
+            facts[name] = parse_yaml(value)
+        except ConfigError as error:
+            raise ConfigError(f"--fact {item!r}: {error}") from None
     return facts
