@@ -26,8 +26,8 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 5), st.integers(2, 40), st
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, groups and samples of a few entries, so that tiny shapes cross every boundary."""
-    monkeypatch.setattr(product, "_BLOCK_BYTES", 40 * 8 * 3)
-    monkeypatch.setattr(select, "_SCALED_BYTES", 40 * 8 * 2)
+    monkeypatch.setattr(product, "_BLOCK_ENTRIES", 40 * 3)
+    monkeypatch.setattr(select, "_PIECE_BYTES", 40 * 8 * 2)
     monkeypatch.setattr(largest, "_MIN_WIDTH", 9)
     monkeypatch.setattr(largest, "_MAX_DENSITY", 1.0 / 8)
     monkeypatch.setattr(batch_topk, "_PIECE_ENTRIES", 50)
@@ -301,7 +301,7 @@ class Largest(TorchDispatchMode):
 def test_a_step_never_holds_a_batch_by_dictionary_matrix(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     d_in, d_sae, rows = 8, 1024, 1024
-    monkeypatch.setattr(product, "_BLOCK_BYTES", rows * d_sae * 4 // 8)
+    monkeypatch.setattr(product, "_BLOCK_ENTRIES", rows * d_sae // 8)
     monkeypatch.setattr(batch_topk, "_PIECE_ENTRIES", rows * d_sae // 16)
     more = {"matryoshka_widths": (128, 1024)} if "matryoshka" in architecture else {}
     sae = create(architecture, d_in=d_in, d_sae=d_sae, k=8, seed=0, **more)

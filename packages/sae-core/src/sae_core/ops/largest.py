@@ -2,7 +2,7 @@
 
 `largest` splits a row into short groups and ranks the groups by their maxima. The k groups with the largest maxima contain
 the k largest entries: any entry outside them is no larger than its own group's maximum, which k others reach. So a top-k
-over the maxima and one over the members of k groups replace one over the row.
+over the maxima and one over the members of k groups replace one over the row; the maxima of long rows are such a row again.
 
 `above` compares eight entries at a time and looks more closely only where one of them passed.
 """
@@ -17,9 +17,6 @@ from torch import Tensor
 __all__ = ["above", "largest"]
 
 _GROUP = 8
-_HEAP_RATIO = (
-    64  # torch.topk keeps a heap instead of partitioning, which is faster, when k is this much below the width
-)
 _MIN_WIDTH = 2048
 _MAX_DENSITY = 1 / 32
 
@@ -35,11 +32,10 @@ def largest(x_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x_RF.device.type != "cpu" or width < _MIN_WIDTH or k > width * _MAX_DENSITY or rows == 0:
         values, indices = torch.topk(x_RF, k, dim=-1, sorted=False)
         return values, indices
-    size = _GROUP // 2 if width < k * _HEAP_RATIO * _GROUP <= 2 * width else _GROUP
-    groups = width // size
-    grouped = groups * size  # group n has the members n, n + groups, n + 2 groups, ...: maxima then run along memory
-    maxima_RN = x_RF[:, :grouped].unflatten(-1, (size, groups)).amax(1)
-    best_RK = torch.topk(maxima_RN, k, dim=-1, sorted=False).indices
+    groups = width // _GROUP
+    grouped = groups * _GROUP  # group n has the members n, n + groups, n + 2 groups, ...: maxima then run along memory
+    maxima_RN = x_RF[:, :grouped].unflatten(-1, (_GROUP, groups)).amax(1)
+    _, best_RK = largest(maxima_RN, k)
     members = torch.arange(0, grouped, groups, device=x_RF.device)
     candidates = (best_RK.unsqueeze(-1) + members).flatten(1)
     if grouped < width:

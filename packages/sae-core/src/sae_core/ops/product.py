@@ -18,7 +18,9 @@ from sae_core.ops.memory import borrow, give_back
 
 __all__ = ["EncoderProduct"]
 
-_BLOCK_BYTES = 64 * 2**20  # the matrix product is at full speed with blocks of this size, and slower with smaller ones
+_BLOCK_ENTRIES = (
+    16 * 2**20
+)  # the matrix product is at full speed with blocks of this size, and slower with smaller ones
 
 
 @final
@@ -28,7 +30,7 @@ class EncoderProduct:
     def __init__(self, centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         self.centred, self.W_enc, self.b_enc = centred.to(W_enc.dtype), W_enc, b_enc
         self.rows, self.d_sae = centred.shape[0], W_enc.shape[1]
-        most = max(1, _BLOCK_BYTES // (self.d_sae * self.W_enc.element_size()))
+        most = max(1, _BLOCK_ENTRIES // self.d_sae)
         blocks = max(1, -(-self.rows // most))
         self.rows_per_block = max(1, -(-self.rows // blocks))
 
