@@ -1,0 +1,133 @@
+"""Synthetic activations for a trainer: exact batches, exact resumption, and settings that make sense."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_core.errors import ConfigError, UnknownNameError
+from sae_synthetic import (
+    ActivationGenerator,
+    FeatureDictionary,
+    SyntheticActivationIterator,
+    SyntheticModel,
+    SyntheticModelConfig,
+    SyntheticSource,
+    SyntheticSourceConfig,
+)
+from torch import Tensor
+
+
+def _source(**settings: Any) -> SyntheticSource:
+    return SyntheticSource(
+        SyntheticSourceConfig(
+            **{"num_features": 30, "d_in": 8, "firing_probability": 0.2, "std_firing_magnitudes": 0.1, **settings}
+        )
+    )
+
+
+def _first(source: SyntheticSource | SyntheticActivationIterator, count: int, size: int = 16) -> list[Tensor]:
+    return list(itertools.islice(source.batches(size), count))
+
+
+def test_a_resumed_source_gives_what_the_uninterrupted_one_gives() -> None:
+    whole = _first(_source(seed=3), 5)
+    stopped = _source(seed=3)
+    assert all(map(torch.equal, _first(stopped, 2), whole[:2]))
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = _source(seed=3)
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, _first(resumed, 3), whole[2:]))
+
+
+def test_a_seed_of_a_source_is_exact() -> None:
+    one, same, other = (torch.cat(_first(_source(seed=seed), 2)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_total_samples_end_the_source_also_after_a_pause() -> None:
+    source = _source(total_samples=40)
+    assert [len(batch) for batch in _first(source, 2)] == [16, 16]
+    resumed = _source(total_samples=40)
+    resumed.load_state_dict(source.state_dict())
+    assert [len(batch) for batch in resumed.batches(16)] == [8]
+    assert not list(resumed.batches(16))
+
+
+def test_a_saved_model_is_sampled_with_the_sources_own_seed(tmp_path: Path) -> None:
+    SyntheticModel(SyntheticModelConfig(num_features=30, hidden_dim=8, seed=5)).save(tmp_path)
+    one, same, other = (
+        _first(SyntheticSource(SyntheticSourceConfig(model=tmp_path, seed=seed)), 1)[0] for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    source = SyntheticSource(SyntheticSourceConfig(model=tmp_path))
+    assert source.d_in == 8
+    assert source.metadata()["synthetic_model"] == {"config": source.model.cfg.to_dict(), "path": str(tmp_path)}
+
+
+def test_settings_of_a_run_file_reach_the_model() -> None:
+    source = _source(
+        firing_probability={"generator_name": "linear", "max_prob": 0.5, "min_prob": 0.25},
+        hierarchy={"total_root_nodes": 2, "branching_factor": 3, "max_depth": 2},
+        correlation={"rank": 2},
+        orthogonalization={"num_steps": 3},
+        mean_firing_magnitudes={"generator_name": "constant", "value": 2.0},
+        bias=1.5,
+        seed=4,
+    )
+    config = source.model.cfg
+    assert config.hierarchy is not None
+    assert config.hierarchy.branching_factor == 3
+    assert config.correlation is not None
+    assert config.orthogonalization is not None
+    assert source.model.activation_generator.mean_firing_magnitudes.tolist() == [2.0] * 30
+    assert float(source.model.feature_dict.bias.detach().norm()) == pytest.approx(1.5)
+    assert config.seed == 4
+    assert float(_source().model.feature_dict.bias.detach().norm()) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_features": None}, "missing key num_features"),
+        ({"firing_probability": 1.5}, r"probability must be in \(0, 1\], not 1.5"),
+        ({"firing_probability": {"generator_name": "zipfain"}}, "did you mean 'zipfian'"),
+        ({"hierarchy": {"total_roots": 3}}, "total_root"),
+        ({"total_samples": 0}, "total_samples must be at least 1"),
+        ({"seed": -1}, "seed must be a non-negative integer"),
+        ({"model": Path("somewhere")}, "the saved model has its own num_features, hidden_dim"),
+        ({"mean_firing_magnitudes": -2.0}, "mean_firing_magnitudes must not be negative"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
+        _source(**settings)
+
+
+def test_an_iterator_goes_on_where_its_state_was_taken() -> None:
+    def make() -> SyntheticActivationIterator:
+        features = FeatureDictionary(30, 8, initializer=None, seed=1)
+        return SyntheticActivationIterator(features, ActivationGenerator(30, 0.2, 0.1, seed=2), 16)
+
+    whole = make()
+    wanted = [next(whole), whole.next_batch(), *_first(whole, 1)]
+    stopped = make()
+    assert torch.equal(next(iter(stopped)), wanted[0])
+    resumed = make()
+    resumed.load_state_dict(stopped.state_dict())
+    assert torch.equal(resumed.next_batch(), wanted[1])
+    assert torch.equal(next(resumed), wanted[2])
+
+
+def test_an_iterators_parts_must_fit() -> None:
+    features = FeatureDictionary(30, 8, initializer=None, seed=1)
+    with pytest.raises(ConfigError, match="the dictionary has 30 features, the generator 20"):
+        SyntheticActivationIterator(features, ActivationGenerator(20, 0.2), 16)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        SyntheticActivationIterator(features, ActivationGenerator(30, 0.2), 0)
