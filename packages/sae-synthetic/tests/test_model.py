@@ -95,9 +95,9 @@ def test_a_model_saved_here_has_the_files_keys_and_tensors_of_sae_lens(golden_fo
 
 @pytest.mark.slow
 def test_sae_lens_opens_a_model_saved_here_and_samples_the_same_world(golden_folder: Path, tmp_path: Path) -> None:
-    python = os.environ.get("SAE_LENS_PYTHON")
+    python = os.environ.get("SAE_CORE_ORACLE_SAE_LENS")
     if not python:
-        pytest.skip("SAE_LENS_PYTHON names no interpreter that has sae-lens")
+        pytest.skip("SAE_CORE_ORACLE_SAE_LENS names no interpreter that has sae-lens")
     models = [SyntheticModel(_everything()), SyntheticModel(_everything(hierarchy=None, correlation=None))]
     for place, model in enumerate(models):
         model.save(tmp_path / str(place))
