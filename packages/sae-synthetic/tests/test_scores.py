@@ -14,17 +14,17 @@ from sae_core import SparseCodes, create
 from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_synthetic import (
     ActivationGenerator,
-    FeatureDictionary,
-    init_sae_to_match_feature_dict,
     ClassificationMetricsCalculator,
     DeadLatentsCalculator,
     ExplainedVarianceCalculator,
+    FeatureDictionary,
     L0Calculator,
     ShrinkageCalculator,
     best_matches,
     compute_classification_metrics,
     decoder_projection,
     feature_uniqueness,
+    init_sae_to_match_feature_dict,
     seed_consistency,
 )
 from safetensors.torch import load_file

@@ -40,6 +40,8 @@ def init_sae_to_match_feature_dict(
     vectors = feature_dict.feature_vectors.detach().cpu()
     if feature_ordering is not None:
         require(feature_ordering.dim() == 1, "feature_ordering must be a row of feature indices")
+        outside = (feature_ordering < 0) | (feature_ordering >= len(vectors))
+        require(not bool(outside.any()), f"feature_ordering: indices must be in [0, {len(vectors)})")
         vectors = vectors[feature_ordering.cpu()]
     count = min(sae.d_sae, len(vectors))
     vectors = vectors[:count].clone()

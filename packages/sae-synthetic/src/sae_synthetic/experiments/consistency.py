@@ -1,8 +1,11 @@
 """Feature consistency (arXiv 2505.20254): five runs of one setting, compared with the truth and with each other.
 
 50,000 points in 16 dimensions, each a sum of 3 of 32 unit vectors with half-normal coefficients. TopK with the right k
-finds nearly the same features every time; a ReLU SAE with a weak L1 penalty does not. The paper takes 30,000 steps on all
-points at learning rate 1e-4; here a step sees 1,000 points and the learning rate times the steps is the same.
+finds nearly the same features every time; a ReLU SAE with a weak L1 penalty does not.
+
+The paper takes 30,000 steps on all points at learning rate 1e-4. Here a step sees 1,000 points, so that five seeds take
+minutes, and the rate is 5e-3 and falls over the second half of 10,000 steps: at 3e-4, the paper's rate times its steps,
+TopK lost one or two of the 32 features more (MCC 0.949 in the mean), and ReLU came less far (0.701).
 """
 
 # P points, N features, D dimensions, K features of a point
@@ -25,7 +28,7 @@ from sae_synthetic.scores import seed_consistency
 __all__ = ["run"]
 
 POINTS, FEATURES, WIDTH, ACTIVE, DATA_SEED = 50_000, 32, 16, 3, 42
-BATCH, STEPS, LEARNING_RATE = 1000, 10_000, 3e-4
+BATCH, STEPS, LEARNING_RATE = 1000, 10_000, 5e-3
 PUBLISHED = {"topk": (0.967, 0.951), "standard": (0.631, 0.609)}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {"k": ACTIVE, "decoder_init_norm": 1.0, "rescale_acts_by_decoder_norm": False},
@@ -50,6 +53,7 @@ def run(settings: Settings) -> ExperimentResult:
                     total_samples=samples,
                     batch_size=BATCH,
                     lr=LEARNING_RATE,
+                    lr_decay_samples=samples // 2,
                     dead_after_samples=POINTS,
                 ).W_dec.detach()
                 for seed in range(settings.seeds)
@@ -72,7 +76,6 @@ def run(settings: Settings) -> ExperimentResult:
         for name, values in scores.items()
     ]
     rows.append(["random dictionary", f"{chance:.3f}", "", "", ""])
-    means = {name: sum(values) / len(values) for name, values in scores.items()}
     return ExperimentResult(
         name="consistency",
         paper="arXiv 2505.20254",
@@ -81,9 +84,11 @@ def run(settings: Settings) -> ExperimentResult:
         columns=["", "MCC", "published", "pairwise", "published"],
         rows=rows,
         claims=[
-            Claim("TopK finds the features (mean MCC at least 0.93)", means["topk"] >= 0.93),
-            Claim("ReLU with a weak L1 does not (mean MCC below 0.75)", means["standard"] < 0.75),
-            Claim("TopK is the more consistent", settings.seeds > 1 and pairwise["topk"] > pairwise["standard"]),
+            Claim("TopK finds the features: MCC at least 0.95 with every seed", min(scores["topk"]) >= 0.95),
+            Claim("ReLU with a weak L1 does not (MCC below 0.75 with every seed)", max(scores["standard"]) < 0.75),
+            Claim(
+                "TopK is the more consistent (seen with several seeds only)", pairwise["topk"] > pairwise["standard"]
+            ),
         ],
         data={"mcc": scores, "pairwise": pairwise, "random": chance},
         figures=[

@@ -36,6 +36,7 @@ RIGHT = 11
 FIXED: tuple[int, ...] = (2, 5, 9, 11, 14, 18)
 MOVING = {"20 to 11": (20, 11), "2 to 11": (2, 11)}
 PROJECTION_PLACE = 20
+EVAL_SAMPLES = 50_000
 PUBLISHED = {
     "2": "broken",
     "5": "feature 0 hedged",
@@ -159,8 +160,8 @@ def world() -> tuple[FeatureDictionary, ActivationGenerator]:
 
 @torch.no_grad()
 def _scores(sae: SAE, k: int, features: FeatureDictionary, generator: ActivationGenerator) -> dict[str, float]:
-    held_out = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000, baseline=False)
-    codes = generator.held_out().sample_codes(20_000)
+    held_out = eval_sae_on_synthetic_data(sae, features, generator, EVAL_SAMPLES, baseline=False)
+    codes = generator.held_out().sample_codes(EVAL_SAMPLES)
     hidden = features(codes)
     truth = codes.to_dense()
     least = truth.flatten().topk(k * len(truth)).values[-1]  # the true features, cut as BatchTopK would cut them

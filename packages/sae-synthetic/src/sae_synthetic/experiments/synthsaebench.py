@@ -93,6 +93,8 @@ MINI_ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 MINI_STEERED = {"jumprelu": "l0_coefficient", "standard": "l1_coefficient"}
 
+EVAL_SAMPLES = 50_000
+
 FULL_LATENTS, FULL_L0, FULL_BATCH, FULL_SAMPLES, FULL_RATE = 4096, 25, 1024, 200_000_000, 3e-4
 FULL_WIDTHS = (128, 512, 2048)
 FULL_RECIPES: dict[str, tuple[dict[str, Any], float, tuple[float, float]]] = {
@@ -214,7 +216,7 @@ def _baseline(results: list[SyntheticDataEvalResult]) -> SyntheticDataEvalResult
 
 
 def _scores(sae: SAE, world: SyntheticModel) -> SyntheticDataEvalResult:
-    return eval_sae_on_synthetic_data(sae, world.feature_dict, world.activation_generator, num_samples=50_000)
+    return eval_sae_on_synthetic_data(sae, world.feature_dict, world.activation_generator, EVAL_SAMPLES)
 
 
 def _row(name: str, results: list[SyntheticDataEvalResult], published: tuple[float, ...] | None) -> list[str]:
