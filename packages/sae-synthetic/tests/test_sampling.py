@@ -114,6 +114,28 @@ def test_low_rank_correlations_are_those_of_the_gaussian_copula() -> None:
     assert max(map(abs, scores)) < 4.5
 
 
+def test_rare_features_of_a_low_rank_correlation_skip_noise_and_fire_no_differently(assert_rates: Rates) -> None:
+    p = torch.linspace(0.002, 0.02, 12)
+    low_rank = generate_random_low_rank_correlation_matrix(12, 3, 0.3, seed=3)
+    generator = ActivationGenerator(12, p, correlation_matrix=low_rank, seed=5)
+    assert len(generator._firing.seldom.items) >= 8  # type: ignore[attr-defined]
+    rows = 400_000
+    fires = _fires(generator, rows).double()
+    assert_rates(fires.sum(0).long(), rows, p)
+    together = fires.T @ fires
+    full = low_rank.correlation_factor @ low_rank.correlation_factor.T
+    scores = [
+        (float(together[i, j]) - rows * wanted) / math.sqrt(rows * wanted)
+        for i in range(12)
+        for j in range(i + 1, 12)
+        for wanted in [_pair_probability(float(p[i]), float(p[j]), float(full[i, j]))]
+        if rows * wanted > 20
+    ]
+    assert len(scores) > 30
+    assert stats.kstest(scores, "norm").pvalue > 1e-4
+    assert max(map(abs, scores)) < 4.5
+
+
 def test_a_low_rank_correlation_fires_like_the_same_matrix_in_full() -> None:
     low_rank = generate_random_low_rank_correlation_matrix(5, 2, 0.5, seed=8)
     full = low_rank.correlation_factor @ low_rank.correlation_factor.T + torch.diag(low_rank.correlation_diag)

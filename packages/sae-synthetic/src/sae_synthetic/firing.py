@@ -8,7 +8,8 @@ parent fires, which gives the same distribution as drawing all features first an
   l_i = -log(1 - p_i), each point belongs to child i with probability l_i / sum, and child i fires when it has a point:
   with probability 1 - exp(-l_i) = p_i, independently of all others. Frequent children (p > 1/2) are tried one by one.
 - Low-rank Gaussian copula: z = F g + sqrt(d) e with g shared within a sample. Given g the features are independent, so those
-  at the top are drawn in blocks of cells that stay in the cache, and those below only where their parent fires.
+  below are drawn only where their parent fires. Those at the top need F g for every sample, in blocks of cells; the noise e
+  is the dear part, and rare features draw it only for the few cells where it could matter.
 - Full Gaussian copula: z = L e with the Cholesky factor L computed once.
 """
 
@@ -16,6 +17,7 @@ parent fires, which gives the same distribution as drawing all features first an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol, final
 
 import torch
@@ -27,6 +29,9 @@ __all__ = ["Children", "Draw", "Firing", "FullFiring", "IndependentFiring", "Low
 
 _FREQUENT = 0.5
 _CELLS_AT_ONCE = 2**22
+_CELLS_IN_CACHE = 2**20
+_HIGHEST_LIFT = 2.2  # standard deviations of F_i . g; one sample in 72 is above and looked at by itself
+_WORTH_SKIPPING = 0.1
 
 
 @final
@@ -203,9 +208,13 @@ class LowRankFiring:
         self.scaled_NR = self.factor_NR / spread_N.unsqueeze(1)
         self.cuts_N = _thresholds(probabilities_N) / spread_N
         self.children = Children(parent_N, torch.ones_like(parent_N, dtype=torch.bool))
-        self.top_items = self.children.items[self.children.owner == len(parent_N)]
-        self.top_scaled_RT = self.scaled_NR[self.top_items].T.contiguous()
-        self.top_cuts_T = self.cuts_N[self.top_items]
+        top = self.children.items[self.children.owner == len(parent_N)]
+        limits_N = _HIGHEST_LIFT * self.scaled_NR.norm(dim=1)
+        highest_N = torch.special.ndtr(limits_N - self.cuts_N)
+        self.often = _Columns(self, top[highest_N[top] > _WORTH_SKIPPING])
+        self.seldom = _Columns(self, top[highest_N[top] <= _WORTH_SKIPPING])
+        self.limits_T = limits_N[self.seldom.items]
+        self.rates_T = -torch.log1p(-highest_N[self.seldom.items])
 
     def begin(self, batch_size: int, generator: torch.Generator) -> _LowRankDraw:
         """Start a batch: g of all samples."""
@@ -215,23 +224,69 @@ class LowRankFiring:
 
 
 @final
+class _Columns:
+    """Some features of a low-rank copula, side by side."""
+
+    def __init__(self, firing: LowRankFiring, items: Tensor) -> None:
+        self.items = items
+        self.scaled_RT = firing.scaled_NR[items].T.contiguous()
+        self.cuts_T = firing.cuts_N[items]
+
+
+@final
 class _LowRankDraw:
     def __init__(self, firing: LowRankFiring, shared_BR: Tensor, generator: torch.Generator) -> None:
         self.firing, self.shared_BR, self.generator = firing, shared_BR, generator
 
     def top(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        firing = self.firing
-        scaled_RT, cuts_T = firing.top_scaled_RT, firing.top_cuts_T
-        rows_at_once = max(1, _CELLS_AT_ONCE // max(1, len(cuts_T)))
-        found: list[tuple[Tensor, Tensor]] = []
+        found = [*self._often(batch_size), *self._seldom(batch_size)]
+        rows, features = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return rows, features
+
+    def _often(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every cell has its noise."""
+        columns = self.firing.often
+        rows_at_once = max(1, _CELLS_AT_ONCE // max(1, len(columns.items)))
         for start in range(0, batch_size, rows_at_once):
             shared = self.shared_BR[start : start + rows_at_once]
-            cells = torch.empty(len(shared), len(cuts_T), device=cuts_T.device, dtype=cuts_T.dtype)
-            cells.normal_(generator=self.generator).addmm_(shared, scaled_RT)
-            rows, columns = (cells > cuts_T).nonzero(as_tuple=True)
-            found.append((rows + start, columns))
-        rows, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return rows, firing.top_items[columns]
+            cells = shared.new_empty(len(shared), len(columns.items))
+            cells.normal_(generator=self.generator).addmm_(shared, columns.scaled_RT)
+            rows, places = (cells > columns.cuts_T).nonzero(as_tuple=True)
+            yield rows + start, columns.items[places]
+
+    def _seldom(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Noise only where F_i . g is above its limit, and where a Poisson process with the rate at the limit has a point.
+
+        A point at a cell that fires with probability Q counts with probability -log(1 - Q) / rate, so the points that count
+        are a Poisson process with the rate -log(1 - Q) and the cell has one with probability Q.
+        """
+        firing, columns, shared_BR = self.firing, self.firing.seldom, self.shared_BR
+        at_once = max(1, _CELLS_IN_CACHE // batch_size)
+        lift_BC = shared_BR.new_empty(batch_size, min(at_once, len(columns.items)))
+        for start in range(0, len(columns.items), at_once):
+            part = slice(start, start + at_once)
+            items, cuts, limits, rates = (
+                t[part] for t in (columns.items, columns.cuts_T, firing.limits_T, firing.rates_T)
+            )
+            if len(items) < lift_BC.shape[1]:
+                lift_BC = shared_BR.new_empty(batch_size, len(items))
+            torch.mm(shared_BR, columns.scaled_RT[:, part], out=lift_BC)
+            lift = lift_BC.view(-1)
+            cells = (lift_BC > limits).view(-1).nonzero().squeeze(1)
+            places = cells % len(items)
+            noise = torch.randn(len(cells), generator=self.generator, device=cuts.device, dtype=cuts.dtype)
+            fires = noise.add_(lift.index_select(0, cells)) > cuts.index_select(0, places)
+            found = [cells[fires]]
+            places = torch.repeat_interleave(torch.poisson(rates * batch_size, generator=self.generator).long())
+            rows = torch.randint(batch_size, (len(places),), generator=self.generator, device=cuts.device)
+            luck = torch.rand(len(places), generator=self.generator, device=cuts.device, dtype=cuts.dtype)
+            cells = rows.mul_(len(items)).add_(places)
+            above = lift.index_select(0, cells)
+            wanted = -torch.log1p(-torch.special.ndtr(above - cuts.index_select(0, places)))
+            counts = (above <= limits.index_select(0, places)) & (luck * rates.index_select(0, places) < wanted)
+            found.append(torch.unique(cells[counts]))
+            cells = torch.cat(found)
+            yield cells // len(items), items[cells % len(items)]
 
     def below(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         firing = self.firing
