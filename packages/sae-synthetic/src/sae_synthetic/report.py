@@ -53,8 +53,9 @@ class Report:
         self._parts.append(figure.to_html(full_html=False, include_plotlyjs=not self._has_script))
         self._has_script = True
 
-    def write(self, path: Path) -> Path:
-        """Write the page; it appears complete or not at all."""
+    def write(self, path: str | Path) -> Path:
+        """Write the page; it appears complete or not at all. Returns its path."""
+        path = Path(path)
         title = html.escape(self._title)
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
