@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from sae_core.codes import Codes, DenseCodes, SparseCodes
+from sae_core.codes import Codes, DenseCodes, FiringSummary, SparseCodes
 from sae_core.config import option, require, structure
 from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_core.normalization import Normalization, NormalizationName, Units
@@ -38,6 +38,7 @@ __all__ = [
     "SAEConfig",
     "StepContext",
     "StepOutput",
+    "as_device",
     "as_dtype",
     "create",
     "training_option",
@@ -114,12 +115,13 @@ class StepOutput:
     """What an objective returns.
 
     `loss` is the scalar to minimise, `losses` its terms (after their coefficients), `metrics` further scalars on the device.
-    `reconstruction` and `target` are (rows, d_out), in the space in which the loss compares them.
+    `reconstruction` and `target` are (rows, d_out), in the space in which the loss compares them. Where a step went through
+    its rows in blocks, `codes` is what remains of the latents, a `FiringSummary`.
     """
 
     loss: Tensor
     losses: Mapping[str, Tensor]
-    codes: Codes
+    codes: Codes | FiringSummary
     reconstruction: Tensor
     target: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -196,6 +198,11 @@ class SAE(nn.Module, ABC, Generic[ConfigT_co]):
     @abstractmethod
     def export(self) -> Export:
         """The inference form, without normalisation that can be folded and without anything only training needs."""
+
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        """Whether loss, its terms and metrics of a batch are the means of those of its rows, each taken alone."""
+        return False
 
     def after_step(self) -> None:
         """Called by the trainer after each optimiser step, without gradient: restore constraints on parameters."""
@@ -443,9 +450,24 @@ def create(
 
     sae_class = cast("type[SAE]", get_registry().resolve("architecture", architecture))
     sae = sae_class(structure(config, sae_class.config_class, where=f"architecture {architecture!r}"))
+    place = as_device(device)
     sae.to(as_dtype(dtype))
     sae.reset_parameters(torch.Generator().manual_seed(seed))
-    return sae.to(device)
+    return sae.to(place)
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device from itself or its name. Raises ConfigError for one that cannot be used here.
+
+    >>> as_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}") from None
+    return torch.device(device)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -99,6 +99,11 @@ class GatedSAE(SAE[GatedConfig]):
         loss = losses["mse"] + losses["l1"] + losses["auxiliary_reconstruction"]
         return StepOutput(loss, losses, codes, reconstruction, target)
 
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        """Always."""
+        return True
+
     def export(self) -> Export:
         """The parameters themselves."""
         return export_tensors(self, self.config)

@@ -153,6 +153,11 @@ class JumpReLUSAE(SAE[JumpReLUConfig]):
         """Thresholds stay non-negative."""
         self.threshold.clamp_(min=0)
 
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        """Always."""
+        return True
+
     def export(self) -> Export:
         """The parameters themselves."""
         return export_tensors(self, self.config)

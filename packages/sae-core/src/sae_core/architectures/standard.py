@@ -99,6 +99,11 @@ class StandardSAE(SAE[StandardConfig]):
         losses = {"mse": squared_error(reconstruction, target), "l1": coefficient * penalty}
         return StepOutput(losses["mse"] + losses["l1"], losses, codes, reconstruction, target)
 
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        """Unless the penalty is scaled by its mean over the batch."""
+        return not self.config.lp_norm_keeps_scale
+
     def export(self) -> Export:
         """The parameters themselves."""
         return export_tensors(self, self.config)

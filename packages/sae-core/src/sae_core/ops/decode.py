@@ -29,7 +29,7 @@ __all__ = ["decode", "decode_and_norms", "decode_prefixes"]
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     """(rows, width): the reconstruction without bias; differentiable in the values and in `W_dec` (d_sae, width)."""
     if isinstance(codes, DenseCodes):
-        return codes.values @ W_dec
+        return cast("Tensor", _DecodeDense.apply(codes.values, W_dec))
     if not entries_pay(entries=codes.values.numel(), rows=codes.rows, d_sae=codes.d_sae, device=codes.device):
         return codes.to_dense().view(codes.rows, codes.d_sae) @ W_dec
     return cast("Tensor", _DecodeEntries.apply(codes.values, W_dec, codes))
@@ -60,6 +60,20 @@ def decode_prefixes(codes: SparseCodes, W_dec: Tensor, widths: Sequence[int]) ->
     [1.0, 6.0]
     """
     return cast("Tensor", _DecodePrefixes.apply(codes.values, W_dec, codes, tuple(widths)))
+
+
+class _DecodeDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_RF: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(values_RF, W_dec)
+        return values_RF @ W_dec
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        values_RF, W_dec = ctx.saved_tensors
+        grad_RO = cast("Tensor", grads[0])
+        grad_values = grad_RO @ W_dec.t() if ctx.needs_input_grad[0] else None
+        return grad_values, _dense_weight_gradient(values_RF, grad_RO) if ctx.needs_input_grad[1] else None
 
 
 class _DecodeEntries(torch.autograd.Function):
@@ -104,7 +118,7 @@ class _DecodeAndNorms(torch.autograd.Function):
                 grad_values = entry_dots(grad_RO, W_dec, codes.latent_major()).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if isinstance(codes, DenseCodes):
-                grad_W = torch.mm(values.t(), grad_RO, out=borrow(W_dec.shape, W_dec))
+                grad_W = _dense_weight_gradient(values, grad_RO)
             else:
                 grad_W = latent_bags(values, codes.latent_major(), grad_RO)
             factor_F = torch.where(norms_F > 0, grad_F / norms_F, 0.0)
@@ -147,3 +161,9 @@ class _DecodePrefixes(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_W = latent_bags(weights_E, order, grad_BO)
         return grad_values, grad_W, None, None
+
+
+def _dense_weight_gradient(values_RF: Tensor, grad_RO: Tensor) -> Tensor:
+    """(d_sae, width), in memory that was given back if there is some."""
+    shape = (values_RF.shape[1], grad_RO.shape[1])
+    return torch.mm(values_RF.t(), grad_RO, out=borrow(shape, grad_RO))

@@ -26,6 +26,7 @@ from sae_core.errors import DataError, ShapeError
 from sae_core.ops import memory
 from sae_core.protocols import ActivationBatch, ActivationSource, HasMetadata, Logger
 from sae_core.sae import SAE, StepContext, StepOutput
+from sae_core.training import row_blocks
 from sae_core.training.monitor import DeadLatents, Window, check_batch
 from sae_core.training.optimizer import clipped_step, contiguous_views, drop_gradients
 from sae_core.training.schedules import learning_rate_factor
@@ -191,8 +192,8 @@ class Trainer:
                 warmup=self.config.lr_warmup_samples,
                 decay=self.config.lr_decay_samples,
             )
-        output = self.sae.training_step(batch, context)
         drop_gradients(self._parameters)
+        output = row_blocks.training_step(self.sae, batch, context)
         output.loss.backward()
         clipped_step(self.optimizer, self._parameters, self.config.grad_clip_norm)
         self.sae.after_step()
