@@ -94,6 +94,20 @@ def test_bad_activations_stop_the_run_and_what_was_learnt_is_kept(run_file: Path
     assert SAE.load(run_file.parent / "out" / "interrupted").W_dec.isfinite().all()
 
 
+def test_a_source_that_ends_early_is_said_in_the_summary(run_file: Path) -> None:
+    done = command("train", run_file, "--set", "train.total_samples=100000000", "--set", "source.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "of 100,000,000: the source ended" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_error(run_file: Path, device: str) -> None:
+    done = command("train", run_file, "--set", f"device={device}")
+    assert done.returncode == 1
+    assert f"device '{device}' cannot be used here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file: Path) -> None:
     done = command("train", run_file, "--set", "train.lr=1e30", "--set", "train.grad_clip_norm=null")
     assert done.returncode == 1

@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from sae_core.config import require
 from sae_core.errors import ConfigError, MissingDependencyError, did_you_mean
+from sae_core.sae import as_device
 from torch import Tensor, nn
 
 __all__ = ["LanguageModel", "ModelFiles", "load", "locate", "next_token_logits"]
@@ -199,12 +200,7 @@ def place(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from None
-    return torch.device(device)
+    return as_device(device)
 
 
 def _require_gguf(name: str) -> None:

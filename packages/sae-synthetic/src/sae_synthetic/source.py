@@ -14,6 +14,7 @@ import torch
 from sae_core import SparseCodes
 from sae_core.config import option, require
 from sae_core.errors import ConfigError
+from sae_core.sae import as_device
 from torch import Tensor
 
 from sae_synthetic.features import FeatureDictionary
@@ -135,11 +136,12 @@ class SyntheticSource:
 
     def __init__(self, config: SyntheticSourceConfig) -> None:
         self.config = config
+        device = as_device(config.device)
         if config.model is not None:
-            self.model = SyntheticModel.load_from_disk(config.model, device=config.device)
+            self.model = SyntheticModel.load_from_disk(config.model, device=device)
             self.model.activation_generator = self.model.activation_generator.fork(config.seed)
         else:
-            self.model = SyntheticModel(_model_config(config), device=config.device)
+            self.model = SyntheticModel(_model_config(config), device=device)
         self._samples = 0
 
     @property

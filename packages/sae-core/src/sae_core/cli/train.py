@@ -37,11 +37,13 @@ class Train:
         run = read_run(args.run, args.overrides)
         result = execute(run, overwrite=args.overwrite)
         last = result.history[-1]
+        planned = run.train.total_samples
+        ended = "" if result.samples >= planned else f" of {planned:,}: the source ended"
         print(
             table(
                 ["TRAINED", ""],
                 [
-                    ["samples", f"{result.samples:,}"],
+                    ["samples", f"{result.samples:,}{ended}"],
                     ["seconds", f"{result.seconds:.1f}"],
                     ["samples/s", f"{result.samples / result.seconds:,.0f}"],
                     ["loss", f"{last['loss']:.4g}"],

@@ -20,7 +20,7 @@ from sae_core.format.files import LocalFiles
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
-from sae_core.sae import SAE, as_dtype
+from sae_core.sae import SAE, as_device, as_dtype
 
 __all__ = ["build_sae", "find_loader", "load_sae", "read_sae"]
 
@@ -109,7 +109,7 @@ def build_sae(
     with torch.device("meta"):
         sae = sae_class(config)
     pool = loaded.tensors if isinstance(loaded.tensors, dict) else dict(loaded.tensors)
-    _fill(sae, pool, where, torch.device(device), None if dtype is None else as_dtype(dtype))
+    _fill(sae, pool, where, as_device(device), None if dtype is None else as_dtype(dtype))
     # What a file does not hold are statistics of the input normalisation: start them afresh, outside the meta device.
     sae.normalization = type(sae.normalization)(
         config.normalize_activations, config.d_in, config.activation_normalization_factor
