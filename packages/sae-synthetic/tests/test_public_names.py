@@ -59,8 +59,7 @@ def test_arguments_left_out_are_really_those_of_sae_lens() -> None:
 def test_every_name_is_where_the_list_of_names_says() -> None:
     assert set(ALIASES) < set(sae_synthetic.__all__)
     for name in set(sae_synthetic.__all__) - {"__version__"}:
-        if name == sae_synthetic._HOMES[name]:
-            continue  # a module of that name shadows it, depending on what was imported before
+        assert name != sae_synthetic._HOMES[name], "a module of that name would shadow it once imported"
         value = getattr(sae_synthetic, name)
         home = importlib.import_module(f"sae_synthetic.{sae_synthetic._HOMES[name]}")
         assert value is getattr(home, name)

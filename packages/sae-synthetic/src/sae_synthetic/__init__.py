@@ -129,7 +129,7 @@ if TYPE_CHECKING:
         compute_low_rank_correlation_matrix_stats,
         compute_superposition_stats,
     )
-    from sae_synthetic.structure_scores import (
+    from sae_synthetic.absorption import (
         EdgeScores,
         StructureScores,
         structure_scores,
@@ -245,7 +245,7 @@ _HOMES = {
     "CorrelationMatrixInput": "correlation",
     "CorrelationMatrixStats": "stats",
     "DeadLatentsCalculator": "scores",
-    "EdgeScores": "structure_scores",
+    "EdgeScores": "absorption",
     "ExplainedVarianceCalculator": "scores",
     "ExponentialMagnitudeConfig": "firing_magnitudes",
     "FeatureDictionary": "features",
@@ -272,7 +272,7 @@ _HOMES = {
     "SeedConsistency": "scores",
     "ShrinkageCalculator": "scores",
     "SparseModifier": "modifiers",
-    "StructureScores": "structure_scores",
+    "StructureScores": "absorption",
     "SuperpositionStats": "stats",
     "SyntheticActivationIterator": "source",
     "SyntheticDataEvalResult": "evaluation",
@@ -321,7 +321,7 @@ _HOMES = {
     "register_firing_probability": "firing_probabilities",
     "register_magnitude": "firing_magnitudes",
     "seed_consistency": "scores",
-    "structure_scores": "structure_scores",
+    "structure_scores": "absorption",
     "train_toy_sae": "training",
     "untrained_like": "evaluation",
     "zipfian_firing_probabilities": "firing_probabilities",

@@ -24,7 +24,7 @@ from sae_synthetic.initialization import init_sae_to_match_feature_dict
 from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_sae_feature_similarity
 from sae_synthetic.source import SyntheticActivationIterator
-from sae_synthetic.structure_scores import structure_scores
+from sae_synthetic.absorption import structure_scores
 
 __all__ = ["run"]
 
