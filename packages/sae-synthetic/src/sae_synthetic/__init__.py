@@ -9,6 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_synthetic.absorption import (
+        EdgeScores,
+        StructureScores,
+        structure_scores,
+    )
     from sae_synthetic.correlation import (
         CorrelationMatrixInput,
         LowRankCorrelationMatrix,
@@ -128,11 +133,6 @@ if TYPE_CHECKING:
         compute_correlation_matrix_stats,
         compute_low_rank_correlation_matrix_stats,
         compute_superposition_stats,
-    )
-    from sae_synthetic.absorption import (
-        EdgeScores,
-        StructureScores,
-        structure_scores,
     )
     from sae_synthetic.training import (
         train_toy_sae,

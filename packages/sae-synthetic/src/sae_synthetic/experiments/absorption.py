@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sae_core import SAE
 
+from sae_synthetic.absorption import structure_scores
 from sae_synthetic.evaluation import untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
@@ -24,7 +25,6 @@ from sae_synthetic.initialization import init_sae_to_match_feature_dict
 from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_sae_feature_similarity
 from sae_synthetic.source import SyntheticActivationIterator
-from sae_synthetic.absorption import structure_scores
 
 __all__ = ["run"]
 

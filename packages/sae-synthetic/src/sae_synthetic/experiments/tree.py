@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sae_core import SAE
 
+from sae_synthetic.absorption import structure_scores
 from sae_synthetic.evaluation import eval_sae_on_synthetic_data, untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.experiments.steering import SteerL0
@@ -24,7 +25,6 @@ from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_sae_feature_similarity
 from sae_synthetic.rates import firing_probabilities_for_rates
 from sae_synthetic.source import SyntheticActivationIterator
-from sae_synthetic.absorption import structure_scores
 
 __all__ = ["run", "world"]
 
