@@ -18,9 +18,8 @@ from sae_core.ops.memory import borrow, give_back
 
 __all__ = ["EncoderProduct"]
 
-_BLOCK_ENTRIES = (
-    16 * 2**20
-)  # the matrix product is at full speed with blocks of this size, and slower with smaller ones
+# The matrix product is at full speed with blocks of this size, and slower with smaller ones.
+_BLOCK_ENTRIES = 16 * 2**20
 
 
 @final
