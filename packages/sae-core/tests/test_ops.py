@@ -14,6 +14,7 @@ from sae_core.ops.bags import entry_dots, latent_bags, row_bags
 from sae_core.ops.batch_topk import BatchTopK
 from sae_core.ops.decode import decode, decode_and_norms, decode_prefixes
 from sae_core.ops.encode import encode_dense, encode_entries
+from sae_core.ops.own_rows import with_own_rows
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Above, AbsTopK, GroupMax, Selection, TopK
 from torch import Tensor
@@ -342,3 +343,25 @@ def test_norms_and_reconstruction_share_one_gradient(dense: bool) -> None:
         strict=True,
     ):
         assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("used", ["both", "whole", "rows"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_own_rows_have_the_gradient_that_indexing_has(used: str, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    left, right = (torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (7, 2))
+    rows = torch.tensor([5, 1])
+    gradients: list[torch.Tensor] = []
+    for split in (lambda W: (W, W[rows]), lambda W: with_own_rows(W, rows)):
+        leaf = (start.t().contiguous() if transposed else start.clone()).requires_grad_()
+        whole, own = split(leaf.t() if transposed else leaf)
+        loss = torch.zeros((), dtype=torch.float64)
+        if used != "rows":
+            loss = loss + (left @ whole).square().sum()
+        if used != "whole":
+            loss = loss + (right @ own).square().sum()
+        loss.backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])

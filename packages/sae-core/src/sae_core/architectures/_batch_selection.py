@@ -107,7 +107,7 @@ class BatchSelectionSAE(SAE[ConfigT], ABC):
         """In train mode the largest latents of the batch, in eval mode those above the threshold."""
         norms = self.norms()
         if self.training:
-            return times_norms(self.select(prepared.z, self.k_at(1.0), norms, None), norms)
+            return times_norms(self.select(prepared.z, self.W_enc, self.k_at(1.0), norms, None), norms)
         threshold = self.topk_threshold.clamp(min=0).to(self.dtype)
         floor = threshold.expand(self.d_sae) if norms is None else threshold / norms.detach()
         codes = encode_active(
@@ -134,10 +134,12 @@ class BatchSelectionSAE(SAE[ConfigT], ABC):
         threshold = self.topk_threshold.clamp(min=0).to(precision).expand(self.d_sae)
         return Export("jumprelu", inference, {**as_trained.tensors, "threshold": threshold})
 
-    def select(self, z: Tensor, k: float, norms: Tensor | None, product_dtype: torch.dtype | None) -> SparseCodes:
+    def select(
+        self, z: Tensor, W_enc: Tensor, k: float, norms: Tensor | None, product_dtype: torch.dtype | None
+    ) -> SparseCodes:
         """Pre-activations of the ``int(k * rows)`` largest positive latents of the batch, ranked by ``h * norms``."""
         selection = BatchTopK(k, None if norms is None else norms.detach())
-        return encode_entries(z, self.centre(), self.W_enc, self.b_enc, selection, product_dtype=product_dtype)
+        return encode_entries(z, self.centre(), W_enc, self.b_enc, selection, product_dtype=product_dtype)
 
     @torch.no_grad()
     def move_threshold(self, latents: SparseCodes) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from sae_core.codes import Codes, SparseCodes
 from sae_core.folding import fold_decoder_norm, fold_normalization
 from sae_core.ops.decode import decode
 from sae_core.ops.encode import encode_entries
+from sae_core.ops.own_rows import with_own_rows
 from sae_core.ops.select import Selection, TopK
 from sae_core.sae import SAE, Export, SAEConfig
 
 __all__ = [
+    "DeadLatents",
     "auxiliary_loss",
     "export_rescaled",
     "export_tensors",
@@ -26,6 +28,7 @@ __all__ = [
     "kaiming_rows",
     "squared_error",
     "times_norms",
+    "with_dead",
     "without_norms",
 ]
 
@@ -53,13 +56,37 @@ def squared_error(y_RO: Tensor, target_RO: Tensor) -> Tensor:
     return (y_RO - target_RO).square().sum(-1).mean()
 
 
+class DeadLatents(NamedTuple):
+    """The dead latents: their indices (n_dead,) and their part of the weights, (d_in, n_dead), (n_dead,), (n_dead, d_out)."""
+
+    indices: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+
+    def where(self, mask: Tensor) -> DeadLatents:
+        """Those for which `mask` (n_dead,) holds."""
+        return DeadLatents(self.indices[mask], self.W_enc.t()[mask].t(), self.b_enc[mask], self.W_dec[mask])
+
+
+def with_dead(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor | None
+) -> tuple[Tensor, Tensor, DeadLatents | None]:
+    """`W_enc` and `W_dec` for the main path of a step, and the dead latents for its auxiliary loss, if there are any.
+
+    Gradients of the dead latents are added to those of the main path, which must use what is returned here.
+    """
+    if dead is None or dead.numel() == 0:
+        return W_enc, W_dec, None
+    W_enc_FD, dead_enc = with_own_rows(W_enc.t(), dead)
+    W_dec, dead_dec = with_own_rows(W_dec, dead)
+    return W_enc_FD.t(), W_dec, DeadLatents(dead, dead_enc.t(), b_enc[dead], dead_dec)
+
+
 def auxiliary_loss(
     z_RD: Tensor,
     residual_RO: Tensor,
-    dead: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
+    dead: DeadLatents,
     *,
     centre_D: Tensor | None,
     k_aux: int,
@@ -72,11 +99,10 @@ def auxiliary_loss(
     detached; no ReLU is applied, so that latents below zero learn too. Returns the squared error summed over the width and
     averaged over rows, times min(n_dead / k_aux, 1). Only rows of the dead latents are touched.
     """
-    k = min(k_aux, dead.numel())
-    codes = encode_entries(
-        z_RD, centre_D, W_enc.t()[dead].t(), b_enc[dead], selection(k, None if scale is None else scale[dead])
-    )
-    return min(dead.numel() / k_aux, 1.0) * squared_error(decode(codes, W_dec[dead]), residual_RO.detach())
+    n_dead = dead.indices.numel()
+    chosen = selection(min(k_aux, n_dead), None if scale is None else scale[dead.indices])
+    codes = encode_entries(z_RD, centre_D, dead.W_enc, dead.b_enc, chosen)
+    return min(n_dead / k_aux, 1.0) * squared_error(decode(codes, dead.W_dec), residual_RO.detach())
 
 
 def times_norms(codes: SomeCodes, norms: Tensor | None) -> SomeCodes:

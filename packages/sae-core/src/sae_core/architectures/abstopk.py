@@ -13,7 +13,7 @@ Otherwise this is TopK without its ReLU, auxiliary loss included: dead latents, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sae_core.architectures._parts import (
     init_decoder,
     squared_error,
     times_norms,
+    with_dead,
     without_norms,
 )
 from sae_core.codes import Codes, SparseCodes
@@ -85,7 +86,7 @@ class AbsTopKSAE(SAE[AbsTopKConfig]):
     def encode_rows(self, prepared: Prepared) -> Codes:
         """The k latents largest in absolute value."""
         norms = self._norms()
-        return times_norms(self._select(prepared.z, self.k_at(1.0), norms, None), norms)
+        return times_norms(self._select(prepared.z, self.W_enc, self.k_at(1.0), norms, None), norms)
 
     def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
         """Weighted sum of decoder rows; a zero row contributes zero."""
@@ -95,18 +96,17 @@ class AbsTopKSAE(SAE[AbsTopKConfig]):
         """Squared error plus the auxiliary loss of dead latents."""
         norms = self._norms()
         norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        codes = self._select(prepared.z, self.k_at(context.progress), norms, context.product_dtype)
-        y_RD = decode(codes, self.W_dec)
+        wanted = context.dead if self.config.aux_loss_coefficient else None
+        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
+        codes = self._select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype)
+        y_RD = decode(codes, W_dec)
         reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
         losses = {"mse": squared_error(reconstruction, target)}
-        if context.n_dead and self.config.aux_loss_coefficient:
+        if dead is not None:
             losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * auxiliary_loss(
                 prepared.z,
                 prepared.z - y_RD - self.b_dec,
-                cast("Tensor", context.dead),
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
+                dead,
                 centre_D=self._centre(),
                 k_aux=max(self.d_in // 2, 1),
                 scale=norms,
@@ -119,9 +119,11 @@ class AbsTopKSAE(SAE[AbsTopKConfig]):
         """Unit decoder rows when latents are rescaled, so that readers need not rescale."""
         return export_rescaled(self, self.config, k=self.k_at(1.0))
 
-    def _select(self, z: Tensor, k: int, norms: Tensor | None, product_dtype: torch.dtype | None) -> SparseCodes:
+    def _select(
+        self, z: Tensor, W_enc: Tensor, k: int, norms: Tensor | None, product_dtype: torch.dtype | None
+    ) -> SparseCodes:
         selection = AbsTopK(k, norms)
-        return encode_entries(z, self._centre(), self.W_enc, self.b_enc, selection, product_dtype=product_dtype)
+        return encode_entries(z, self._centre(), W_enc, self.b_enc, selection, product_dtype=product_dtype)
 
     def _norms(self) -> Tensor | None:
         return decoder_norms(self.W_dec) if self.config.rescale_acts_by_decoder_norm else None

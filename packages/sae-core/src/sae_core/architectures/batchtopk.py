@@ -11,13 +11,13 @@ what stands in for it once training is over, is in `_batch_selection`. The objec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from sae_core.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
-from sae_core.architectures._parts import auxiliary_loss, squared_error, times_norms
+from sae_core.architectures._parts import auxiliary_loss, squared_error, times_norms, with_dead
 from sae_core.ops.decode import decode
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput
 
@@ -40,18 +40,17 @@ class BatchTopKSAE(BatchSelectionSAE[BatchTopKConfig]):
         """Squared error plus the auxiliary loss of dead latents; in train mode the threshold moves."""
         norms = self.norms()
         norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        codes = self.select(prepared.z, self.k_at(context.progress), norms, context.product_dtype)
-        y_RD = decode(codes, self.W_dec)
+        wanted = context.dead if self.config.aux_loss_coefficient else None
+        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
+        codes = self.select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype)
+        y_RD = decode(codes, W_dec)
         reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
         losses = {"mse": squared_error(reconstruction, target)}
-        if context.n_dead and self.config.aux_loss_coefficient:
+        if dead is not None:
             losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * auxiliary_loss(
                 prepared.z,
                 prepared.z - y_RD - self.b_dec,
-                cast("Tensor", context.dead),
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
+                dead,
                 centre_D=self.centre(),
                 k_aux=max(self.d_in // 2, 1),
                 scale=norms,

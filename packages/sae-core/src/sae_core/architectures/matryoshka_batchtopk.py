@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from sae_core.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
-from sae_core.architectures._parts import auxiliary_loss, squared_error, times_norms
+from sae_core.architectures._parts import DeadLatents, auxiliary_loss, squared_error, times_norms, with_dead
 from sae_core.config import option, require
 from sae_core.ops.decode import decode_prefixes
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
@@ -70,40 +70,39 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE[MatryoshkaBatchTopKConfig]):
         """Squared error of every level plus auxiliary losses; in train mode the threshold moves."""
         norms = self.norms()
         norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        codes = self.select(prepared.z, self.k_at(context.progress), norms, context.product_dtype)
+        wanted = context.dead if self.config.aux_loss_coefficient else None
+        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
+        codes = self.select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype)
         levels = self.config.levels
-        y_LRD = decode_prefixes(codes, self.W_dec, levels) + self.b_dec
+        y_LRD = decode_prefixes(codes, W_dec, levels) + self.b_dec
         outputs = [self.to_loss_space(y_RD, prepared) for y_RD in y_LRD.unbind()]
         losses = {"mse": squared_error(outputs[-1], target)}
         for width, output in zip(levels[:-1], outputs, strict=False):
             losses[f"inner_mse_{width}"] = squared_error(output, target)
-        if context.n_dead and self.config.aux_loss_coefficient:
+        if dead is not None:
             losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * self._auxiliary(
-                prepared.z, y_LRD, norms, cast("Tensor", context.dead)
+                prepared.z, y_LRD, norms, dead
             )
         latents = times_norms(codes, norms)
         self.move_threshold(latents)
         metrics = {"topk_threshold": self.topk_threshold.clone()}
         return StepOutput(sum(losses.values(), torch.zeros(())), losses, latents, outputs[-1], target, metrics)
 
-    def _auxiliary(self, z_RD: Tensor, y_LRD: Tensor, norms: Tensor | None, dead: Tensor) -> Tensor:
+    def _auxiliary(self, z_RD: Tensor, y_LRD: Tensor, norms: Tensor | None, dead: DeadLatents) -> Tensor:
         """Dead latents predict what their level, or the whole dictionary, leaves over."""
-        segments = [(0, self.d_sae, y_LRD[-1])]
+        parts = [(dead, y_LRD[-1])]
         if self.config.use_matryoshka_aux_loss:
             levels = self.config.levels
-            segments = list(zip((0, *levels), levels, y_LRD.unbind(), strict=False))
+            added = [(dead.indices >= start) & (dead.indices < end) for start, end in pairwise((0, *levels))]
+            parts = [(dead.where(mask), y_RD) for mask, y_RD in zip(added, y_LRD.unbind(), strict=True)]
         total = z_RD.new_zeros(())
-        for start, end, y_RD in segments:
-            some = dead[(dead >= start) & (dead < end)]
-            if some.numel() == 0:
+        for some, y_RD in parts:
+            if some.indices.numel() == 0:
                 continue
             total = total + auxiliary_loss(
                 z_RD,
                 z_RD - y_RD,
                 some,
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
                 centre_D=self.centre(),
                 k_aux=max(self.d_in // 2, 1),
                 scale=norms,

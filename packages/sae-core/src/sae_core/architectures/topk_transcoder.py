@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from sae_core.architectures._parts import auxiliary_loss, squared_error
+from sae_core.architectures._parts import auxiliary_loss, squared_error, with_dead
 from sae_core.architectures.transcoder import TranscoderBase, TranscoderBaseConfig
 from sae_core.codes import Codes, SparseCodes
 from sae_core.config import option, require
+from sae_core.ops.decode import decode
 from sae_core.ops.encode import encode_entries
 from sae_core.ops.select import TopK
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
@@ -54,28 +55,27 @@ class _TopKTranscoder(TranscoderBase[TopKTranscoderConfig], ABC):
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """The k largest latents, those not above zero as zero."""
-        return self._select(prepared.z, None).map(torch.relu)
+        return self._select(prepared.z, self.W_enc, None).map(torch.relu)
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error against the target plus the auxiliary loss of dead latents."""
-        codes = self._select(prepared.z, context.product_dtype).map(torch.relu)
-        y_RO = self.decode_rows(codes, prepared)
+        wanted = context.dead if self.config.aux_loss_coefficient else None
+        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
+        codes = self._select(prepared.z, W_enc, context.product_dtype).map(torch.relu)
+        y_RO = self.with_bias_and_skip(decode(codes, W_dec), prepared)
         losses = {"mse": squared_error(y_RO, target)}
-        if context.n_dead and self.config.aux_loss_coefficient:
+        if dead is not None:
             losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * auxiliary_loss(
                 prepared.z,
                 target - y_RO,
-                cast("Tensor", context.dead),
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
+                dead,
                 centre_D=None,
                 k_aux=max(self.d_in // 2, 1),
             )
         return StepOutput(sum(losses.values(), torch.zeros(())), losses, codes, y_RO, target)
 
-    def _select(self, z: Tensor, product_dtype: torch.dtype | None) -> SparseCodes:
-        return encode_entries(z, None, self.W_enc, self.b_enc, TopK(self.config.k, None), product_dtype=product_dtype)
+    def _select(self, z: Tensor, W_enc: Tensor, product_dtype: torch.dtype | None) -> SparseCodes:
+        return encode_entries(z, None, W_enc, self.b_enc, TopK(self.config.k, None), product_dtype=product_dtype)
 
 
 @final

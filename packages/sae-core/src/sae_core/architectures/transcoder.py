@@ -82,7 +82,11 @@ class TranscoderBase(SAE[ConfigT], ABC):
 
     def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
         """Weighted sum of decoder rows, plus the skip path from the raw input."""
-        y_RO = decode(codes, self.W_dec) + self.b_dec
+        return self.with_bias_and_skip(decode(codes, self.W_dec), prepared)
+
+    def with_bias_and_skip(self, y_RO: Tensor, prepared: Prepared | None) -> Tensor:
+        """The output, from what the latents decode to."""
+        y_RO = y_RO + self.b_dec
         if self.W_skip is None:
             return y_RO
         if prepared is None:
