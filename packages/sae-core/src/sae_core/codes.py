@@ -189,6 +189,10 @@ class SparseCodes:
             return values.view(self.rows, self.k).sum(-1)
         return values.new_zeros(self.rows).index_add(0, self.row_ids(), values)
 
+    def row_dots(self, parameter: Tensor) -> Tensor:
+        """(rows,) sums over each row of the codes' values times a (d_sae,) parameter."""
+        return self.row_sums(self.values * self.per_latent(parameter))
+
     def latent_major(self) -> LatentMajor:
         """The entries ordered by latent: computed once, kept, and shared by all codes with the same entries."""
         if not self._shared:
@@ -271,6 +275,10 @@ class DenseCodes:
     def row_sums(self, values: Tensor | None = None) -> Tensor:
         """(rows,) sums of `values` (rows, d_sae), by default the codes' own, over each row."""
         return (self.values if values is None else values).sum(-1)
+
+    def row_dots(self, parameter: Tensor) -> Tensor:
+        """(rows,) sums over each row of the codes' values times a (d_sae,) parameter."""
+        return self.values @ parameter
 
 
 @final

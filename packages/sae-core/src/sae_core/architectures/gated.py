@@ -85,7 +85,7 @@ class GatedSAE(SAE[GatedConfig]):
         gate, codes = self._paths(prepared.z, context.density, context.product_dtype)
         y_RD, norms = decode_and_norms(codes, self.W_dec)
         reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
-        penalty = gate.row_sums(gate.values * gate.per_latent(norms)).mean()
+        penalty = gate.row_dots(norms).mean()
         W_dec, b_dec = self.W_dec, self.b_dec
         if self.config.freeze_decoder_in_aux:
             W_dec, b_dec = W_dec.detach(), b_dec.detach()

@@ -90,12 +90,11 @@ class StandardSAE(SAE[StandardConfig]):
         codes = self._pre(prepared.z, context.density, context.product_dtype).map(torch.relu)
         y_RD, norms = decode_and_norms(codes, self.W_dec)
         reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
-        weighted = codes.values * codes.per_latent(norms)
         coefficient = value_at(self.config.l1_coefficient, context.progress)
-        penalty = row_p_norms(codes, weighted, value_at(self.config.lp_norm, context.progress)).mean()
+        penalty = weighted_p_norms(codes, norms, value_at(self.config.lp_norm, context.progress)).mean()
         if self.config.lp_norm_keeps_scale:
             size = penalty.detach()
-            penalty = penalty * torch.where(size > 0, codes.row_sums(weighted.detach()).mean() / size, 1.0)
+            penalty = penalty * torch.where(size > 0, codes.detach().row_dots(norms.detach()).mean() / size, 1.0)
         losses = {"mse": squared_error(reconstruction, target), "l1": coefficient * penalty}
         return StepOutput(losses["mse"] + losses["l1"], losses, codes, reconstruction, target)
 
@@ -113,13 +112,14 @@ class StandardSAE(SAE[StandardConfig]):
         return encode_active(z, centre, self.W_enc, self.b_enc, 0.0, density=density, product_dtype=product_dtype)
 
 
-def row_p_norms(codes: Codes, values: Tensor, p: float) -> Tensor:
-    """(rows,) p-norms of non-negative values laid out like the codes'; the gradient at zero is zero.
+def weighted_p_norms(codes: Codes, weights: Tensor, p: float) -> Tensor:
+    """(rows,) p-norms of non-negative codes times `weights` (d_sae,); the gradient at zero is zero.
 
     Zero entries are left out of the power, whose derivative is infinite there for p < 1.
     """
     if p == 1.0:
-        return codes.row_sums(values)
+        return codes.row_dots(weights)
+    values = codes.values * codes.per_latent(weights)
     positive = values > 0
     powers = torch.where(positive, torch.where(positive, values, 1.0) ** p, 0.0)
     sums = codes.row_sums(powers)

@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_core.codes import Codes, DenseCodes, SparseCodes
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
 from sae_core.ops.dispatch import entries_pay
-from sae_core.ops.memory import borrow
+from sae_core.ops.gradient_sums import open_sum, weight_gradient
 
 __all__ = ["decode", "decode_and_norms", "decode_prefixes"]
 
@@ -66,6 +66,7 @@ class _DecodeDense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_RF: Tensor, W_dec: Tensor) -> Tensor:
         ctx.save_for_backward(values_RF, W_dec)
+        ctx.sum = open_sum(W_dec)
         return values_RF @ W_dec
 
     @staticmethod
@@ -73,7 +74,8 @@ class _DecodeDense(torch.autograd.Function):
         values_RF, W_dec = ctx.saved_tensors
         grad_RO = cast("Tensor", grads[0])
         grad_values = grad_RO @ W_dec.t() if ctx.needs_input_grad[0] else None
-        return grad_values, _dense_weight_gradient(values_RF, grad_RO) if ctx.needs_input_grad[1] else None
+        grad_W = weight_gradient(values_RF, grad_RO, W_dec, ctx.sum) if ctx.needs_input_grad[1] else None
+        return grad_values, None if ctx.sum else grad_W
 
 
 class _DecodeEntries(torch.autograd.Function):
@@ -101,6 +103,7 @@ class _DecodeAndNorms(torch.autograd.Function):
         norms_F = torch.linalg.vector_norm(W_dec, dim=-1)
         ctx.save_for_backward(values, W_dec, norms_F)
         ctx.codes = codes.detach()
+        ctx.sum = open_sum(W_dec) if isinstance(codes, DenseCodes) else None
         if isinstance(codes, DenseCodes):
             return values @ W_dec, norms_F
         return row_bags(values, codes.indices, codes.row_offsets(), W_dec), norms_F
@@ -118,12 +121,12 @@ class _DecodeAndNorms(torch.autograd.Function):
                 grad_values = entry_dots(grad_RO, W_dec, codes.latent_major()).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if isinstance(codes, DenseCodes):
-                grad_W = _dense_weight_gradient(values, grad_RO)
+                grad_W = weight_gradient(values, grad_RO, W_dec, ctx.sum)
             else:
                 grad_W = latent_bags(values, codes.latent_major(), grad_RO)
             factor_F = torch.where(norms_F > 0, grad_F / norms_F, 0.0)
             grad_W = grad_W.addcmul_(W_dec, factor_F.unsqueeze(-1))
-        return grad_values, grad_W, None
+        return grad_values, None if ctx.sum else grad_W, None
 
 
 class _DecodePrefixes(torch.autograd.Function):
@@ -161,9 +164,3 @@ class _DecodePrefixes(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_W = latent_bags(weights_E, order, grad_BO)
         return grad_values, grad_W, None, None
-
-
-def _dense_weight_gradient(values_RF: Tensor, grad_RO: Tensor) -> Tensor:
-    """(d_sae, width), in memory that was given back if there is some."""
-    shape = (values_RF.shape[1], grad_RO.shape[1])
-    return torch.mm(values_RF.t(), grad_RO, out=borrow(shape, grad_RO))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sae_core.codes import SparseCodes
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
-from sae_core.ops.memory import borrow
+from sae_core.ops.gradient_sums import open_sum, weight_gradient
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Selection
 
@@ -71,6 +71,7 @@ class _EncodeDense(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, centre_D: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         centred = x_RD if centre_D is None else x_RD - centre_D
         ctx.save_for_backward(centred, W_enc)
+        ctx.sum = open_sum(W_enc)
         return torch.addmm(b_enc, centred, W_enc)
 
     @staticmethod
@@ -80,14 +81,14 @@ class _EncodeDense(torch.autograd.Function):
         needs_x, needs_centre, needs_W, needs_b = ctx.needs_input_grad
         grad_x = grad_centre = grad_W = grad_b = None
         if needs_W:
-            grad_W = torch.mm(grad_RF.t(), centred, out=borrow(W_enc.shape[::-1], W_enc)).t()
+            grad_W = weight_gradient(centred, grad_RF, W_enc, ctx.sum)
         if needs_b or needs_centre:
             grad_b = grad_RF.sum(0)
         if needs_centre and grad_b is not None:
             grad_centre = -(W_enc @ grad_b)
         if needs_x:
             grad_x = grad_RF @ W_enc.t()
-        return grad_x, grad_centre, grad_W, grad_b
+        return grad_x, grad_centre, None if ctx.sum else grad_W, grad_b
 
 
 class _EncodeEntries(torch.autograd.Function):

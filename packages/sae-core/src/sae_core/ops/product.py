@@ -18,8 +18,8 @@ from sae_core.ops.memory import borrow, give_back
 
 __all__ = ["EncoderProduct"]
 
-# The matrix product is at full speed with blocks of this size, and slower with smaller ones.
-_BLOCK_ENTRIES = 16 * 2**20
+# Smaller blocks slow the matrix product down, larger ones only take more memory.
+_BLOCK_ENTRIES = 8 * 2**20
 
 
 @final

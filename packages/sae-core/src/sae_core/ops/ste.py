@@ -42,7 +42,11 @@ def active_count(h_V: Tensor, threshold_V: Tensor, bandwidth: float, *, to_input
 
 def _near(grad_V: Tensor, h_V: Tensor, threshold_V: Tensor, bandwidth: float) -> Tensor:
     """The incoming gradient where ``h`` is within the window, else zero."""
-    return torch.where((h_V - threshold_V).abs_() < bandwidth / 2, grad_V, 0.0)
+    distance_V = (h_V - threshold_V).abs_()
+    near_V = distance_V < bandwidth / 2
+    if distance_V.dtype != grad_V.dtype or distance_V.shape != grad_V.shape:
+        return torch.where(near_V, grad_V, 0.0)
+    return torch.where(near_V, grad_V, grad_V.new_zeros(()), out=distance_V)  # matrices this large are not made twice
 
 
 def _to_threshold(near_V: Tensor, factor_V: Tensor | float, threshold_V: Tensor) -> Tensor:
@@ -63,10 +67,13 @@ class _Jump(torch.autograd.Function):
         h_V, threshold_V = ctx.saved_tensors
         factor_V = threshold_V / ctx.bandwidth
         near_V = _near(grad_V, h_V, threshold_V, ctx.bandwidth)
+        grad_threshold = _to_threshold(near_V, factor_V, threshold_V)
+        extra_V = factor_V * near_V if ctx.to_input else None
+        del near_V
         grad_h = torch.where(h_V > threshold_V, grad_V, 0.0)
-        if ctx.to_input:
-            grad_h = grad_h + factor_V * near_V
-        return grad_h.to(h_V.dtype), _to_threshold(near_V, factor_V, threshold_V), None, None
+        if extra_V is not None:
+            grad_h = grad_h + extra_V
+        return grad_h.to(h_V.dtype), grad_threshold, None, None
 
 
 class _Step(torch.autograd.Function):

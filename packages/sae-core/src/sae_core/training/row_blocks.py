@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_core.codes import FiringSummary
 from sae_core.ops.dispatch import prefer_sparse
-from sae_core.ops.memory import give_back
+from sae_core.ops.gradient_sums import summed
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext, StepOutput
 
@@ -39,16 +39,19 @@ def training_step(sae: SAE, batch: ActivationBatch, context: StepContext) -> Ste
     if blocks <= 1 or not dense or not sae.loss_is_mean_over_rows:
         return sae.training_step(batch, context)
     parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    gradients: list[Tensor | None] = []
+    gradients: list[Tensor | None] = [None] * len(parameters)
     outputs: list[StepOutput] = []
-    for block in _split(batch, blocks):
-        output = sae.training_step(block, context)
-        share = output.target.shape[0] / rows
-        found = torch.autograd.grad(output.loss * share, parameters, allow_unused=True)
-        gradients = _added(gradients, found)
-        outputs.append(_summary(output, share))
-        if context.density is None and sae.device.type == "cpu":  # the other blocks need not look
-            context = dataclasses.replace(context, density=float(output.codes.l0().double().mean()) / sae.d_sae)
+    with summed(parameters) as sums:
+        for block in _split(batch, blocks):
+            output = sae.training_step(block, context)
+            share = output.target.shape[0] / rows
+            found = torch.autograd.grad(output.loss * share, parameters, allow_unused=True)
+            gradients = [_added(g, more) for g, more in zip(gradients, found, strict=True)]
+            outputs.append(_summary(output, share))
+            del output, found
+            if context.density is None and sae.device.type == "cpu":  # the other blocks need not look
+                context = dataclasses.replace(context, density=float(outputs[0].codes.l0().double().mean()) / sae.d_sae)
+    gradients = [_added(g, dense.total) for g, dense in zip(gradients, sums, strict=True)]
     loss = cast("Tensor", _WithGradients.apply(_total([output.loss for output in outputs]), gradients, *parameters))
     return StepOutput(
         loss,
@@ -79,17 +82,13 @@ def _summary(output: StepOutput, share: float) -> StepOutput:
     )
 
 
-def _added(sums: list[Tensor | None], gradients: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The sums with the gradients of one more block, added in place; those are used up."""
-    if not sums:  # small gradients may be one tensor under two names
-        return [g.clone() if g is not None and g.dim() < 2 else g for g in gradients]
-    added: list[Tensor | None] = []
-    for total, gradient in zip(sums, gradients, strict=True):
-        if total is not None and gradient is not None:
-            total.add_(gradient)
-            give_back(gradient)
-        added.append(gradient if total is None else total)
-    return added
+def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The sum of both, in the memory of the first; small gradients are copied, as they may be one tensor under two names."""
+    if total is not None and gradient is not None:
+        return total.add_(gradient)
+    if total is None and gradient is not None and gradient.dim() < 2:
+        return gradient.clone()
+    return gradient if total is None else total
 
 
 def _total(parts: list[Tensor]) -> Tensor:
