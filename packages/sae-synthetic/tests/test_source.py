@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sae_core.errors import ConfigError, UnknownNameError
+from sae_core.errors import ConfigError, DataError, UnknownNameError
+from sae_core.protocols import Resumable
 from sae_synthetic import (
     ActivationGenerator,
     FeatureDictionary,
@@ -34,14 +35,42 @@ def _first(source: SyntheticSource | SyntheticActivationIterator, count: int, si
     return list(itertools.islice(source.batches(size), count))
 
 
-def test_a_resumed_source_gives_what_the_uninterrupted_one_gives() -> None:
+def test_resumed_batches_are_what_the_uninterrupted_ones_are() -> None:
     whole = _first(_source(seed=3), 5)
-    stopped = _source(seed=3)
-    assert all(map(torch.equal, _first(stopped, 2), whole[:2]))
+    stopped = _source(seed=3).batches(16)
+    assert isinstance(stopped, Resumable)
+    assert all(map(torch.equal, itertools.islice(stopped, 2), whole[:2]))
     state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = _source(seed=3)
+    next(stopped)  # what is drawn after the state was taken does not move it
+    resumed = _source(seed=3).batches(16)
     resumed.load_state_dict(state)
-    assert all(map(torch.equal, _first(resumed, 3), whole[2:]))
+    assert all(map(torch.equal, itertools.islice(resumed, 3), whole[2:]))
+
+
+def test_two_rows_of_batches_of_one_source_have_places_of_their_own() -> None:
+    source = _source(seed=3)
+    ahead, behind = source.batches(16), source.batches(16)
+    first = next(ahead)
+    next(ahead)
+    source.model.sample(5)
+    assert torch.equal(next(behind), first)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "the keys 'samples' and 'generator'"),
+        ({"samples": 16, "generator": {"seed": 0}}, "'position' must be a non-negative integer, not None"),
+        ({"samples": -1, "generator": {"seed": 0, "position": 1}}, "'samples' must be a non-negative integer, not -1"),
+        ({"samples": 16, "generator": {"seed": 0, "position": 1}, "rank": 1}, "found .*'rank'"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(state: dict[str, Any], message: str) -> None:
+    batches = _source(seed=3).batches(16)
+    before = batches.state_dict()
+    with pytest.raises(DataError, match=message):
+        batches.load_state_dict(state)
+    assert batches.state_dict() == before
 
 
 def test_a_seed_of_a_source_is_exact() -> None:
@@ -51,12 +80,12 @@ def test_a_seed_of_a_source_is_exact() -> None:
 
 
 def test_total_samples_end_the_source_also_after_a_pause() -> None:
-    source = _source(total_samples=40)
-    assert [len(batch) for batch in _first(source, 2)] == [16, 16]
-    resumed = _source(total_samples=40)
-    resumed.load_state_dict(source.state_dict())
-    assert [len(batch) for batch in resumed.batches(16)] == [8]
-    assert not list(resumed.batches(16))
+    stopped = _source(total_samples=40).batches(16)
+    assert [len(batch) for batch in itertools.islice(stopped, 2)] == [16, 16]
+    resumed = _source(total_samples=40).batches(16)
+    resumed.load_state_dict(stopped.state_dict())
+    assert [len(batch) for batch in resumed] == [8]
+    assert not list(resumed)
 
 
 def test_a_saved_model_is_sampled_with_the_sources_own_seed(tmp_path: Path) -> None:
@@ -122,7 +151,12 @@ def test_an_iterator_goes_on_where_its_state_was_taken() -> None:
     resumed = make()
     resumed.load_state_dict(stopped.state_dict())
     assert torch.equal(resumed.next_batch(), wanted[1])
-    assert torch.equal(next(resumed), wanted[2])
+    row = resumed.batches(16)
+    assert isinstance(row, Resumable)
+    assert torch.equal(next(row), wanted[2])
+    again = make().batches(16)
+    again.load_state_dict(row.state_dict())
+    assert torch.equal(next(again), next(row))
 
 
 def test_an_iterators_parts_must_fit() -> None:

@@ -124,6 +124,7 @@ if TYPE_CHECKING:
     )
     from sae_synthetic.source import (
         SyntheticActivationIterator,
+        SyntheticBatches,
         SyntheticSource,
         SyntheticSourceConfig,
     )
@@ -181,6 +182,7 @@ __all__ = [
     "StructureScores",
     "SuperpositionStats",
     "SyntheticActivationIterator",
+    "SyntheticBatches",
     "SyntheticDataEvalResult",
     "SyntheticModel",
     "SyntheticModelConfig",
@@ -275,6 +277,7 @@ _HOMES = {
     "StructureScores": "absorption",
     "SuperpositionStats": "stats",
     "SyntheticActivationIterator": "source",
+    "SyntheticBatches": "source",
     "SyntheticDataEvalResult": "evaluation",
     "SyntheticModel": "model",
     "SyntheticModelConfig": "model",

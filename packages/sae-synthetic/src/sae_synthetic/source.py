@@ -1,6 +1,7 @@
 """Activation sources over a synthetic world, for `Trainer` and for run files.
 
-Batch i of a seed is always the same, so a run can stop and go on exactly; the state is a few integers.
+Batch i of a seed is always the same, so a run can stop and go on exactly. The position belongs to the row of batches that
+`batches` opens, not to the source, and is a few integers: what somebody has read ahead moves nobody else's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, final
 import torch
 from sae_core import SparseCodes
 from sae_core.config import option, require
-from sae_core.errors import ConfigError
+from sae_core.errors import ConfigError, DataError
 from sae_core.sae import as_device
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from sae_synthetic.features import FeatureDictionary
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
 
-__all__ = ["SyntheticActivationIterator", "SyntheticSource", "SyntheticSourceConfig"]
+__all__ = ["SyntheticActivationIterator", "SyntheticBatches", "SyntheticSource", "SyntheticSourceConfig"]
 
 
 @final
@@ -52,10 +53,14 @@ class SyntheticActivationIterator:
         """Width of the activations."""
         return self.feature_dict.hidden_dim
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches of that size, for ever."""
-        while True:
-            yield self.sample_with_codes(batch_size)[0]
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """The one unnamed site."""
+        return {"": self.d_in}
+
+    def batches(self, batch_size: int) -> SyntheticBatches:
+        """Batches of that size, for ever; they continue the generator, whoever else draws from it."""
+        return SyntheticBatches(self.feature_dict, self.activations_generator, batch_size)
 
     @torch.no_grad()
     def sample_with_codes(self, batch_size: int) -> tuple[Tensor, SparseCodes]:
@@ -80,6 +85,57 @@ class SyntheticActivationIterator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position."""
         self.activations_generator.load_state_dict(dict(state))
+
+
+@final
+class SyntheticBatches(Iterator[Tensor]):
+    """One row of batches (batch_size, hidden_dim); `state_dict` holds the place in it.
+
+    `total_samples` ends it, with a shorter last batch; None never does. Raises ConfigError for sizes below 1.
+
+    >>> row = SyntheticBatches(FeatureDictionary(4, 8, seed=0), ActivationGenerator(4, 0.5, seed=0), 16, total_samples=24)
+    >>> [len(batch) for batch in row], row.state_dict()["samples"]
+    ([16, 8], 24)
+    """
+
+    def __init__(
+        self,
+        feature_dict: FeatureDictionary,
+        generator: ActivationGenerator,
+        batch_size: int,
+        total_samples: int | None = None,
+    ) -> None:
+        require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+        require(total_samples is None or total_samples >= 1, f"total_samples must be at least 1, not {total_samples}")
+        self._features, self._generator = feature_dict, generator
+        self._batch_size, self._total = batch_size, total_samples
+        self._samples = 0
+
+    def __iter__(self) -> SyntheticBatches:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        size = self._batch_size if self._total is None else min(self._batch_size, self._total - self._samples)
+        if size <= 0:
+            raise StopIteration
+        batch = self._features(self._generator.sample_codes(size))
+        self._samples += size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of samples given out, and the generator's seed and position."""
+        return {"samples": self._samples, "generator": self._generator.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Raises DataError for anything that it did not write."""
+        samples, generator = state.get("samples"), state.get("generator")
+        if set(state) != {"samples", "generator"} or not isinstance(generator, Mapping):
+            raise DataError(f"synthetic batches: a state has the keys 'samples' and 'generator', found {sorted(state)}")
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
+            raise DataError(f"synthetic batches: state 'samples' must be a non-negative integer, not {samples!r}")
+        self._generator.load_state_dict(dict(generator))
+        self._samples = samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,38 +198,27 @@ class SyntheticSource:
             self.model.activation_generator = self.model.activation_generator.fork(config.seed)
         else:
             self.model = SyntheticModel(_model_config(config), device=device)
-        self._samples = 0
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
         return self.model.d_in
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches (batch_size, d_in); the last one is shorter where `total_samples` ends it."""
-        require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
-        while (left := self._left()) > 0:
-            size = int(min(batch_size, left))
-            batch = self.model.sample(size)
-            self._samples += size
-            yield batch
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """The one unnamed site."""
+        return {"": self.d_in}
+
+    def batches(self, batch_size: int) -> SyntheticBatches:
+        """Batches (batch_size, d_in), every time from the first; the last is shorter where `total_samples` ends it."""
+        generator = self.model.activation_generator
+        row = generator.fork(generator.seed)  # its position is its own
+        return SyntheticBatches(self.model.feature_dict, row, batch_size, self.config.total_samples)
 
     def metadata(self) -> dict[str, Any]:
         """The model behind the activations."""
         saved = None if self.config.model is None else str(self.config.model)
         return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved}}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of samples given out, and the position in the row of batches."""
-        return {"samples": self._samples, "model": self.model.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved position."""
-        self._samples = int(state["samples"])
-        self.model.load_state_dict(state["model"])
-
-    def _left(self) -> float:
-        return float("inf") if self.config.total_samples is None else self.config.total_samples - self._samples
 
 
 def _model_settings(config: SyntheticSourceConfig) -> dict[str, Any]:
