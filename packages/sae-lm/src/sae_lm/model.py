@@ -161,14 +161,14 @@ def load(
 def _load_hooked(name: str, revision: str | None, dtype: str, device: str, tokenizer: str | None) -> LanguageModel:
     """A HookedTransformer with the weights as they are: nothing folded, nothing centred."""
     try:
-        from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports] - an optional extra
+        from transformer_lens import HookedTransformer
     except ImportError as error:
         raise MissingDependencyError(
             f"model_class: {HOOKED_TRANSFORMER} needs TransformerLens: {error}; install sae-lm[transformer-lens]"
         ) from error
     require(dtype != "auto", "dtype: auto is not for HookedTransformer; name one")
     require(tokenizer is None, "tokenizer: HookedTransformer brings its own; leave it out")
-    arguments = {} if revision is None else {"revision": revision}
+    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         model: Any = HookedTransformer.from_pretrained_no_processing(
             name, device=place(device), dtype=getattr(torch, dtype), **arguments
