@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,16 @@ def principal_sae(x: torch.Tensor, components: int, **metadata: Any) -> SAE:
         sae.b_dec.copy_(rows.mean(0))
     sae.metadata = {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1", **metadata}
     return sae.eval()
+
+
+@pytest.mark.parametrize("written", ["model.layers.1.output", "model.layers.1:output", "layers.1"])
+def test_a_hook_point_as_other_libraries_write_it_is_found_after_saving_and_loading(
+    llama: Any, tmp_path: Path, written: str
+):
+    sae = principal_sae(layer_output(llama, 1), 20, hook_name=None, hf_hook_name=written)
+    report = SAE.load(sae.save(tmp_path / "sae")).check(llama, TOKENS)
+    assert report.hook == "model.layers.1"
+    assert report.explained_variance > 0.9
 
 
 def test_a_dictionary_in_its_place_passes_and_reports_what_was_measured(llama: Any):

@@ -139,6 +139,10 @@ def _hook_point(model: nn.Module, metadata: Mapping[str, Any], given: str | None
         for spelling in _spellings(path):
             if spelling.partition(":")[0] in modules:
                 return spelling, spelling == metadata.get(f"hook_name{end}")
+        name, colon, side = path.partition(":")
+        inside = [module for module in modules if module.endswith(f".{name}")]
+        if len(inside) == 1:  # a path inside the base model, as sparsify writes it: layers.3 for model.layers.3
+            return f"{inside[0]}{colon}{side}", False
     missing = wanted[-1].partition(":")[0]
     raise ConfigError(
         f"check: {type(model).__name__} has no module {' or '.join(wanted)}{did_you_mean(missing, modules)}"

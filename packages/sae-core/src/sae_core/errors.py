@@ -53,8 +53,8 @@ class MissingDependencyError(SaeCoreError, ImportError):
     """An optional library is needed for this and is not installed."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest of `known`, or an empty string.
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest of `known`, or an empty string if none is as near as `cutoff`.
 
     >>> did_you_mean("tpok", ["relu", "topk"])
     "; did you mean 'topk'?"
@@ -63,5 +63,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     import difflib  # needed only for messages
 
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.errors import UnknownNameError, did_you_mean
+from sae_core.format.hook_names import spell_hook_name
 
 __all__ = ["BaseModel", "base_model", "hook_facts", "hook_point_from_hf", "hook_point_to_hf"]
 
@@ -120,10 +121,7 @@ def _respelt(hook: str, model: BaseModel) -> str:
 
     The language model inside one that also sees images sits one level deeper; Gemma Scope writes ``path.output``.
     """
-    path, _, side = hook.partition(":")
-    for ending in (".output", ".input"):
-        if path.endswith(ending):
-            path, side = path.removesuffix(ending), ending[1:]
+    path, _, side = spell_hook_name(hook).partition(":")
     stack = model.places["hook_resid_post"].partition("{layer}")[0]
     for other in ("model.language_model.layers.", "model.layers."):
         if path.startswith(other):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae_core.config import structure
 from sae_core.errors import ConfigError, FormatError
 from sae_core.format.files import LocalFiles
+from sae_core.format.hook_names import spell_hook_names
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
@@ -116,7 +117,7 @@ def build_sae(
     ).to(sae.device)
     if loaded.activation_scale is not None:
         sae.normalization.set_scale(loaded.activation_scale)
-    sae.metadata = dict(loaded.metadata)
+    sae.metadata = spell_hook_names(loaded.metadata)
     return sae.eval()
 
 

@@ -3,8 +3,12 @@
 Since SAELens 6, cfg.json holds the architecture's fields and everything else under ``metadata``. Before, it was one flat
 object in which fields of the SAE, the model and the training run stood side by side; `_upgrade` sorts those out.
 
-Only what changes the forward pass is config. Fields of SAELens's training configs that have no counterpart here are facts
-about the past, kept in the metadata under ``training_architecture_details``. Any other unknown key is an error.
+A field that the file lacks has the value that SAELens gives it (`_writers_default`), not that of a new SAE of ours: what this
+project saves holds every field, so a gap is always somebody else's.
+
+Only what changes the forward pass is config. Facts about the model (`METADATA_FACTS`) are known beside the fields as well as
+under ``metadata``, and fields of SAELens's training configs that have no counterpart here are facts about the past, kept in
+the metadata under ``training_architecture_details``. Any other unknown key is an error, unless ``ignore_keys`` names it.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
 from sae_core.errors import ConfigError, FormatError, UnknownNameError, did_you_mean
+from sae_core.format.facts import METADATA_FACTS, known_facts
 from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, read_json, read_safetensors
 from sae_core.protocols import FileSource, LoadedSAE
 
@@ -49,7 +54,35 @@ _TRAINING_FACTS = frozenset(
 )
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 _LATENT_AXES = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_gate": 0, "b_mag": 0, "r_mag": 0}
-_FORWARD_FIELDS = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "d_out")
+_FLAT_FACTS = METADATA_FACTS | {
+    "dataset_trust_remote_code",
+    "disable_concat_sequences",
+    "hook_layer",
+    "neuronpedia",
+    "num_dead_features",
+    "sae_lens_training_version",
+    "sae_lens_version",
+    "sequence_separator_token",
+}
+_DEFAULTS: Mapping[str, Any] = {
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "k": 100,
+    "rescale_acts_by_decoder_norm": False,  # unknown before 6.14, and False when missing since
+    "residual_threshold": 1e-2,
+    "max_iterations": None,
+    "stop_on_duplicate_support": True,
+    "d_out": 768,
+    "n_heads": 8,
+    "n_attn_layers": 1,
+    "bottleneck_factor": 64,
+    "sae_diff_type": "topk",
+    "kval_topk": None,
+    "tied_weights": True,
+    "activation_normalization_factor": 1.0,
+}
+_TRANSCODER_DEFAULTS: Mapping[str, Any] = {**_DEFAULTS, "apply_b_dec_to_input": False}
 
 
 @final
@@ -72,24 +105,28 @@ class SaeLensLoader:
         """Config, metadata and tensors of the folder."""
         where = f"{source.location}/{join(folder, CONFIG_FILE)}"
         cfg = read_json(source, join(folder, CONFIG_FILE))
-        if not isinstance(cfg.get("metadata", {}), Mapping):
-            raise FormatError(f"{where}: 'metadata' must be an object, found {type(cfg['metadata']).__name__}")
-        if not _is_current(cfg):
-            cfg = _upgrade(cfg, where)
-        metadata = cfg.pop("metadata", {})
+        metadata = cfg.pop("metadata", None) or {}
+        if not isinstance(metadata, Mapping):
+            raise FormatError(f"{where}: 'metadata' must be an object, found {type(metadata).__name__}")
         metadata = dict(cast("Mapping[str, Any]", metadata))
-        architecture = cfg.pop("architecture", None)
-        if not isinstance(architecture, str):
-            raise FormatError(f"{where}: 'architecture' must name one, found {architecture!r}")
-        architecture = _of_its_provider(architecture, metadata)
-        scale = None
-        if overrides:
-            rest = dict(overrides)
-            scale = rest.pop("norm_scaling_factor", None)
-            fields = _fields(architecture, metadata, where)
-            cfg |= {key: value for key, value in rest.items() if key in fields}
-            metadata |= {key: value for key, value in rest.items() if key not in fields}
-        config = _sort(cfg, architecture, metadata, where)
+        current = _is_current(cfg, metadata)
+        if not current:
+            cfg = _upgrade(cfg, where)
+        written = cfg.pop("architecture", None)
+        if not isinstance(written, str):
+            raise FormatError(f"{where}: 'architecture' must name one, found {written!r}")
+        architecture = _of_its_provider(written, metadata)
+        fields = _fields(architecture, metadata, where)
+        facts = known_facts(overrides, "sae_lens", {"norm_scaling_factor", *fields})
+        ignored = facts.pop("ignore_keys", None) or []
+        scale = facts.pop("norm_scaling_factor", None)
+        cfg = {key: value for key, value in cfg.items() if key not in ignored or key in fields}
+        metadata = _facts_beside(cfg, metadata, fields, current, where)
+        cfg |= {key: value for key, value in facts.items() if key in fields}
+        metadata |= {key: value for key, value in facts.items() if key not in fields}
+        config = _sort(cfg, architecture, metadata, fields, where)
+        if architecture == written:
+            config = {**_writers_default(written, fields), **config}
         tensors: dict[str, Tensor] = {}
         if weights:
             tensors = read_safetensors(source.path(join(folder, WEIGHTS_FILE)))
@@ -116,26 +153,63 @@ def _take_rows(tensors: dict[str, Tensor], config: dict[str, Any], rows: Sequenc
             tensors[name] = tensors[name].index_select(axis, torch.tensor(list(rows)))
 
 
-def _is_current(cfg: Mapping[str, Any]) -> bool:
-    metadata = cfg.get("metadata")
-    nested = cast("Mapping[str, Any]", metadata).get("sae_lens_version") if isinstance(metadata, Mapping) else None
-    version = cfg.get("sae_lens_version") or nested
+def _is_current(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
+    """Whether SAELens 6 or newer wrote the file: only then are fields and metadata apart."""
+    version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     return isinstance(version, str) and version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6
 
 
-def _sort(cfg: dict[str, Any], architecture: str, metadata: dict[str, Any], where: str) -> dict[str, Any]:
+def _writers_default(architecture: str, fields: set[str]) -> dict[str, Any]:
+    """What SAELens gives the fields of an architecture that a file may lack."""
+    defaults = _TRANSCODER_DEFAULTS if architecture.endswith("transcoder") else _DEFAULTS
+    return {key: value for key, value in defaults.items() if key in fields}
+
+
+def _facts_beside(
+    cfg: dict[str, Any], metadata: dict[str, Any], fields: set[str], current: bool, where: str
+) -> dict[str, Any]:
+    """`metadata` with the facts about the model that stand beside the fields, which are taken out of `cfg`.
+
+    A flat config of before 6.0 mixes everything, so what is no field there and does not look like a misspelt one is a fact.
+    """
+    if current:
+        if cfg.get("finetuning_scaling_factor", False) in (False, None):
+            cfg.pop("finetuning_scaling_factor", None)
+        beside = [key for key in cfg if key in _FLAT_FACTS and key not in fields]
+    else:
+        beside = [
+            key
+            for key in cfg
+            if key not in fields | _TRAINING_FACTS | {*_PARAMETER_FACTS}
+            and not did_you_mean(key, fields - _FLAT_FACTS, cutoff=0.85)
+        ]
+    for key in beside:
+        value = cfg.pop(key)
+        if metadata.setdefault(key, value) != value and value is not None and current:
+            raise FormatError(
+                f"{where}: {key!r} is {value!r}, but {metadata[key]!r} under 'metadata'; if the latter is right, load with the "
+                f"fact ignore_keys=[{key!r}]"
+            )
+    return metadata
+
+
+def _sort(
+    cfg: dict[str, Any], architecture: str, metadata: dict[str, Any], fields: set[str], where: str
+) -> dict[str, Any]:
     """The config's own fields; facts about training move to the metadata, and what nobody knows is an error."""
-    fields = _fields(architecture, metadata, where)
     config = {key: value for key, value in cfg.items() if key in fields}
     facts = {key: value for key, value in cfg.items() if key in _TRAINING_FACTS and key not in fields}
     unknown = sorted(set(cfg) - set(config) - set(facts) - {*_PARAMETER_FACTS, "sae_lens_version"})
     if unknown:
         raise FormatError(
             f"{where}: unknown key {unknown[0]!r} for architecture {architecture!r}{did_you_mean(unknown[0], fields)} "
-            f"(known: {', '.join(sorted(fields))})"
+            f"(known: {', '.join(sorted(fields))}); if it does not change what the SAE computes, load with the fact "
+            f"ignore_keys={unknown}"
         )
     if facts:
-        metadata["training_architecture_details"] = {**facts, **metadata.get("training_architecture_details", {})}
+        said = metadata.get("training_architecture_details")
+        known = cast("Mapping[str, Any]", said) if isinstance(said, Mapping) else {}
+        metadata["training_architecture_details"] = {**facts, **known}
     return config
 
 
@@ -180,37 +254,39 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _upgrade(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A flat config of SAELens before 6.0 in today's form; facts about model and training become metadata."""
-    old = {_RENAMED.get(key, key): value for key, value in flat.items() if key != "metadata"}
-    old |= dict(flat.get("metadata") or {})
+    """A flat config of SAELens before 6.0 with today's names and values; fields and facts still stand side by side."""
+    cfg = {_RENAMED.get(key, key): value for key, value in flat.items()}
     for key in ("d_in", "d_sae"):
-        if key not in old:
-            raise FormatError(f"{where}: no {key!r}; this is not the config of an SAE (keys: {', '.join(sorted(old))})")
-    if old.get("finetuning_scaling_factor"):
+        if key not in cfg:
+            raise FormatError(f"{where}: no {key!r}; this is not the config of an SAE (keys: {', '.join(sorted(cfg))})")
+    if cfg.get("finetuning_scaling_factor"):
         raise FormatError(
             f"{where}: 'finetuning_scaling_factor' was fitted to these latents; that form is not supported"
         )
-    activation = old.pop("activation_fn", "relu")
-    architecture = old.pop("architecture", "standard")
-    arguments = dict(old.pop("activation_fn_kwargs", None) or {})
-    cfg: dict[str, Any] = {}
+    activation = cfg.pop("activation_fn", None) or "relu"
+    cfg["architecture"] = architecture = cfg.get("architecture") or "standard"
+    given = cfg.pop("activation_fn_kwargs", None) or {}
+    if not isinstance(given, Mapping):
+        raise FormatError(f"{where}: 'activation_fn_kwargs' must be an object, found {type(given).__name__}")
+    arguments = dict(cast("Mapping[str, Any]", given))
     if activation == "topk":
-        architecture, cfg["k"] = "topk", arguments.pop("k", None)
-        cfg["rescale_acts_by_decoder_norm"] = False
-        if cfg["k"] is None:
+        cfg["architecture"] = "topk"
+        k = arguments.pop("k", cfg.get("k"))
+        if k is None:
             raise FormatError(f"{where}: activation_fn is 'topk' but activation_fn_kwargs has no 'k'")
+        cfg["k"] = k
     elif activation != "relu":
         raise FormatError(f"{where}: activation function {activation!r} is not supported (known: relu, topk)")
+    elif architecture == "topk" and "k" in arguments:
+        cfg["k"] = arguments.pop("k")
     if arguments:
         raise FormatError(f"{where}: activation_fn_kwargs has unknown keys {sorted(arguments)}")
-    normalize = old.pop("normalize_activations", None)
-    cfg["normalize_activations"] = {True: "expected_average_only_in", False: "none", None: "none"}.get(
-        normalize, normalize
-    )
-    hook = str(old.get("hook_name", ""))
-    cfg["reshape_activations"] = old.pop("reshape_activations", "hook_z" if "hook_z" in hook else "none")
-    cfg |= {key: old.pop(key) for key in _FORWARD_FIELDS if key in old}
-    return {**cfg, "architecture": architecture, "metadata": {"prepend_bos": True, **old}}
+    normalize = cfg.get("normalize_activations")
+    if normalize is None or isinstance(normalize, bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    cfg.setdefault("reshape_activations", "hook_z" if "hook_z" in str(cfg.get("hook_name", "")) else "none")
+    cfg.setdefault("prepend_bos", True)
+    return cfg
 
 
 def _upgrade_tensors(tensors: dict[str, Tensor], where: str) -> None:

@@ -6,36 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, final
 
 from sae_core.errors import ConfigError, FormatError, did_you_mean
+from sae_core.format.facts import METADATA_FACTS, known_facts
 
 __all__ = ["METADATA_FACTS", "Facts", "Settings"]
 
 T = TypeVar("T")
-
-METADATA_FACTS = frozenset(
-    {
-        "model_name",
-        "model_revision",
-        "model_class_name",
-        "model_from_pretrained_kwargs",
-        "hook_name",
-        "hf_hook_name",
-        "hook_head_index",
-        "hook_name_out",
-        "hf_hook_name_out",
-        "hook_head_index_out",
-        "dataset_path",
-        "context_size",
-        "prepend_bos",
-        "exclude_special_tokens",
-        "seqpos_slice",
-        "neuronpedia_id",
-        "l0",
-        "variance_explained",
-        "training_architecture",
-        "training_architecture_details",
-    }
-)
-"""Facts that any loader takes from its caller and passes on as metadata; None means unknown."""
 
 
 def _fitting(value: object, kind: type[T]) -> T | None:
@@ -141,15 +116,8 @@ class Facts:
     """
 
     def __init__(self, overrides: Mapping[str, Any] | None, loader: str, own: Iterable[str] = ()) -> None:
-        self._values = dict(overrides or {})
+        self._values = known_facts(overrides, loader, own)
         self._loader = loader
-        known = {"ignore_keys", *own, *METADATA_FACTS}
-        unknown = sorted(set(self._values) - known)
-        if unknown:
-            near = did_you_mean(unknown[0], known)
-            raise ConfigError(
-                f"loader {loader!r}: unknown fact {unknown[0]!r}{near} (known: {', '.join(sorted(known))})"
-            )
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """One of this loader's own facts. Raises ConfigError when it is not a `kind`."""
