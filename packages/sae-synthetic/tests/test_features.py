@@ -163,3 +163,10 @@ def test_cosines_of_hand_worked_rows() -> None:
 def test_wrong_sizes_and_settings_are_named(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_dictionary_without_a_bias_learns_none() -> None:
+    assert not FeatureDictionary(4, 3, seed=0).bias.requires_grad
+    assert not FeatureDictionary(4, 3, bias=0.0, seed=0).bias.requires_grad
+    assert FeatureDictionary(4, 3, bias=0.5, seed=0).bias.requires_grad
+    assert FeatureDictionary(4, 3, seed=0).feature_vectors.requires_grad

@@ -159,6 +159,7 @@ def test_a_number_is_a_magnitude_for_all() -> None:
         (lambda: LinearMagnitudeConfig(0.0, 1.0), "start must be positive"),
         (lambda: ExponentialMagnitudeConfig(1.0, -1.0), "end must be positive"),
         (lambda: FoldedNormalMagnitudeConfig(std=0.0), "std must be positive"),
+        (lambda: FoldedNormalMagnitudeConfig(max_value=0.0), "max_value must be positive, not 0"),
         (lambda: FoldedNormalMagnitudeConfig(min_value=2.0, max_value=1.0), "min_value 2.0 is larger than max_value"),
         (lambda: generate_magnitudes(0, 1.0), "num_features must be at least 1"),
         (lambda: FiringProbabilityConfig.from_dict({"probability": 0.1}), "'generator_name', one of constant, linear"),
@@ -239,3 +240,9 @@ def test_a_name_belongs_to_one_rule() -> None:
         register_magnitude("constant", Ones)
     with pytest.raises(ConfigError, match="is not a dataclass derived from FiringProbabilityConfig"):
         register_firing_probability("ones", Ones)  # type: ignore[arg-type]
+
+
+def test_an_unknown_kind_is_a_value_error_as_in_sae_lens() -> None:
+    for find in (get_magnitude_class, get_firing_probability_class):
+        with pytest.raises(ValueError, match=r"unknown .* 'zipfain'"):
+            find("zipfain")

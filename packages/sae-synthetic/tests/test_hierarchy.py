@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_core.errors import ConfigError, ShapeError
+from sae_core.errors import ConfigError, FormatError, ShapeError
 from sae_synthetic import (
     ActivationGenerator,
+    ConstantFiringProbabilityConfig,
+    ConstantMagnitudeConfig,
     Hierarchy,
     HierarchyConfig,
+    HierarchyModifier,
     HierarchyNode,
     SyntheticModel,
     SyntheticModelConfig,
+    SyntheticSource,
+    SyntheticSourceConfig,
     ZipfianFiringProbabilityConfig,
     generate_hierarchy,
     hierarchy_modifier,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Node = HierarchyNode
+HALF = ConstantFiringProbabilityConfig(0.5)
 
 
 def test_generated_hierarchies_are_those_of_sae_lens(golden_numbers: dict[str, Any]) -> None:
@@ -100,11 +109,7 @@ def test_impossible_trees_are_refused_by_validate_and_by_a_hierarchy(
             "mutually_exclusive_max_depth 1 is below",
         ),
         (lambda: HierarchyConfig.from_dict({"total_root_node": 3}), "total_root_node"),
-        (lambda: generate_hierarchy(5, HierarchyConfig(total_root_nodes=6)), "total_root_nodes 6 is more than the 5"),
-        (
-            lambda: SyntheticModelConfig(num_features=5, hidden_dim=2, hierarchy=HierarchyConfig(6)),
-            "total_root_nodes 6 is more than the 5 features",
-        ),
+        (lambda: generate_hierarchy(0, HierarchyConfig(total_root_nodes=6)), "num_features must be at least 1, not 0"),
         (
             lambda: ActivationGenerator(3, 0.1, modify_activations=hierarchy_modifier(Node(0, [Node(7)]))),
             r"feature_index 7\): there are only 3 features",
@@ -226,3 +231,180 @@ def test_many_samples_of_a_wide_forest_stay_consistent() -> None:
                 assert bool((fires[:, below].any(1) <= fires[:, node.feature_index]).all())
             if node.mutually_exclusive_children:
                 assert int(fires[:, below].sum(1).max()) <= 1
+
+
+def test_features_may_run_out_among_the_roots() -> None:
+    shape = HierarchyConfig(total_root_nodes=6, branching_factor=2)
+    assert generate_hierarchy(5, shape, seed=0) == Hierarchy([Node(index) for index in range(5)])
+    model = SyntheticModel(SyntheticModelConfig(num_features=5, hidden_dim=2, hierarchy=shape, seed=0))
+    assert model.hierarchy is not None
+    assert model.hierarchy.feature_indices_used == set(range(5))
+
+
+def test_trees_are_equal_when_they_say_the_same() -> None:
+    def tree(**changed: Any) -> Node:
+        return Node(**{"feature_index": 0, "children": [Node(1), Node(2)], "feature_id": "a", **changed})
+
+    assert tree() == tree()
+    assert Hierarchy([tree()]) == Hierarchy([tree()], modifier=None)
+    different: list[dict[str, Any]] = [
+        {"feature_index": 3},
+        {"children": [Node(2), Node(1)]},
+        {"children": [Node(1)]},
+        {"children": [Node(1), Node(2, [Node(3)])]},
+        {"mutually_exclusive_children": True},
+        {"scale_children_by_parent": True},
+        {"feature_id": "b"},
+    ]
+    for changed in different:
+        assert tree() != tree(**changed), changed
+        assert Hierarchy([tree()]) != Hierarchy([tree(**changed)]), changed
+    assert Hierarchy([tree()]) != Hierarchy([])
+    assert tree() != 0
+    assert Hierarchy([]) != []
+
+
+def test_a_hierarchy_made_by_hand_has_the_modifier_of_its_roots() -> None:
+    chain = [Node(0, [Node(1)])]
+    assert Hierarchy(chain).modifier is not None
+    assert Hierarchy(chain, modifier=None).modifier is None
+    config = SyntheticModelConfig(num_features=2, hidden_dim=2, firing_probability=HALF, seed=0)
+    codes = SyntheticModel(config, hierarchy=Hierarchy(chain)).sample_with_features(400)[1]
+    assert bool((codes[:, 1] > 0).any())
+    assert not bool(((codes[:, 1] > 0) & (codes[:, 0] == 0)).any())
+
+
+def test_below_a_parent_that_never_fires_no_factor_helps() -> None:
+    tree = Node(0, [Node(1), Node(2)], mutually_exclusive_children=True)
+    factors = Hierarchy([tree]).compute_probability_correction_factors(torch.tensor([0.0, 0.5, 0.25]))
+    assert factors.tolist() == [1.0, 1.0, 1.0]
+
+
+SCALING = Node(0, [Node(1)], scale_children_by_parent=True)
+
+
+def _zero_mean_model(**settings: Any) -> SyntheticModelConfig:
+    return SyntheticModelConfig(
+        num_features=6,
+        hidden_dim=2,
+        hierarchy=HierarchyConfig(2, 2, 1, scale_children_by_parent=True),
+        std_firing_magnitudes=0.5,
+        seed=0,
+        **settings,
+    )
+
+
+def _saved_with_zero_mean(folder: Path) -> SyntheticModel:
+    SyntheticModel(_zero_mean_model()).save(folder)
+    file = folder / "synthetic_model.safetensors"
+    tensors = load_file(file)
+    tensors["mean_firing_magnitudes"][1] = 0
+    save_file(tensors, file)
+    return SyntheticModel.load_from_disk(folder)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: ActivationGenerator(
+            2, 0.5, 0.5, torch.tensor([0.0, 1.0]), modify_activations=hierarchy_modifier(SCALING)
+        ),
+        lambda _: ActivationGenerator(
+            2, 0.5, 0.5, torch.tensor([0.0, 1.0]), modify_activations=[torch.relu, hierarchy_modifier(SCALING)]
+        ),
+        lambda _: ActivationGenerator(
+            2, 0.5, 0.5, torch.tensor([1e-44, 1.0]), modify_activations=hierarchy_modifier(SCALING)
+        ),
+        lambda _: SyntheticModel(_zero_mean_model(mean_firing_magnitudes=0.0)),
+        lambda _: SyntheticModel(_zero_mean_model(mean_firing_magnitudes=ConstantMagnitudeConfig(0.0))),
+        lambda _: SyntheticSource(
+            SyntheticSourceConfig(
+                num_features=6,
+                d_in=2,
+                hierarchy={"total_root_nodes": 2, "branching_factor": 2, "scale_children_by_parent": True},
+                mean_firing_magnitudes=0.0,
+                std_firing_magnitudes=0.5,
+            )
+        ),
+        _saved_with_zero_mean,
+    ],
+)
+def test_scaling_by_a_parent_of_mean_zero_is_refused_before_anything_is_drawn(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        (ConfigError, FormatError), match=r"scale_children_by_parent divides by the mean of feature [01]"
+    ):
+        make(tmp_path)
+
+
+def test_scaling_activations_drawn_elsewhere_by_a_parent_of_mean_zero_is_refused() -> None:
+    class Means:
+        mean_firing_magnitudes = torch.tensor([0.0, 1.0])
+
+    modifier = hierarchy_modifier(SCALING)
+    fires = torch.tensor([[2.0, 3.0]])
+    for activations in (fires, fires.to_sparse(), torch.cat([fires, torch.zeros(40, 2)])):
+        with pytest.raises(ConfigError, match="divides by the mean magnitude of feature 0, which is 0"):
+            modifier(activations, Means())
+    silent = torch.tensor([[0.0, 3.0]])
+    assert modifier(silent, Means()).tolist() == [[0.0, 0.0]]  # no parent fires, so nothing is divided
+
+
+def test_a_parent_that_never_fires_scales_nothing() -> None:
+    never = ActivationGenerator(
+        2, 0.5, 0.0, torch.tensor([0.0, 1.0]), modify_activations=hierarchy_modifier(SCALING), seed=0
+    )
+    assert not bool(never.sample(50).any())
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse", "few in many"])
+def test_values_that_are_not_positive_pass_unless_their_parent_is_silent(layout: str) -> None:
+    tree = Node(0, [Node(1, [Node(2)])], scale_children_by_parent=True)
+    given = torch.tensor([[2.0, -3.0, 5.0, -1.0], [-2.0, 3.0, 5.0, 4.0], [4.0, 1.0, -5.0, 0.0]])
+    wanted = torch.tensor([[2.0, -6.0, 0.0, -1.0], [-2.0, 0.0, 0.0, 4.0], [4.0, 4.0, -5.0, 0.0]])
+
+    class Means:
+        mean_firing_magnitudes = torch.ones(4)
+
+    if layout == "few in many":
+        given, wanted = (torch.cat([part, torch.zeros(200, 4)]) for part in (given, wanted))
+    found = hierarchy_modifier(tree)(given.to_sparse() if layout == "sparse" else given, Means())
+    assert torch.equal(found.to_dense(), wanted)
+    nothing = given.to_sparse() if layout == "sparse" else given
+    assert torch.equal(hierarchy_modifier([])(nothing).to_dense(), given)
+
+
+@given(seed=st.integers(0, 10_000), density=st.sampled_from([0.02, 0.3, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_dense_and_sparse_activations_obey_one_hierarchy(seed: int, density: float) -> None:
+    """Without groups there is no chance in it, so all layouts agree; with groups all obey the rules."""
+    source = torch.Generator().manual_seed(seed)
+    shape = HierarchyConfig(3, (2, 4), 3, scale_children_by_parent=bool(seed % 2))
+    activations = torch.rand(8, 60, generator=source) * (torch.rand(8, 60, generator=source) < density)
+
+    class Means:
+        mean_firing_magnitudes = torch.rand(60, generator=source) + 0.5
+
+    plain = generate_hierarchy(50, shape, seed)
+    dense = HierarchyModifier(plain.roots)._modify_dense(activations, Means.mean_firing_magnitudes, source)
+    sparse = hierarchy_modifier(plain.roots)(activations.to_sparse(), Means())
+    torch.testing.assert_close(dense, sparse.to_dense())
+    grouped = generate_hierarchy(50, replace(shape, mutually_exclusive_portion=0.8), seed)
+    result = HierarchyModifier(grouped.roots)._modify_dense(activations, Means.mean_firing_magnitudes, source)
+    for node in (node for root in grouped.roots for node in root.walk()):
+        fires = result[:, [child.feature_index for child in node.children]] > 0
+        assert not bool((fires.any(dim=1) & ~(result[:, node.feature_index] > 0)).any())
+        if node.mutually_exclusive_children:
+            assert int(fires.sum(dim=1).max()) <= 1
+            could = (dense[:, [child.feature_index for child in node.children]] > 0).any(dim=1)
+            could &= result[:, node.feature_index] > 0
+            assert torch.equal(fires.any(dim=1), could), "a group loses all but one, never all"
+
+
+def test_choices_in_dense_activations_are_uniform_over_what_fires() -> None:
+    tree = Node(0, [Node(1), Node(2), Node(3), Node(None, [Node(4), Node(5)])], mutually_exclusive_children=True)
+    activations = torch.ones(8000, 6)
+    activations[:, 3] = 0  # it does not compete
+    left = hierarchy_modifier(tree)(activations)
+    shares = (left[:, 1:] > 0).double().mean(dim=0).tolist()
+    assert shares == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3, 1 / 3], abs=0.02)
+    assert torch.equal(left[:, 4], left[:, 5]), "a group counts as one"

@@ -74,3 +74,13 @@ def test_a_sparse_result_is_taken_too() -> None:
 def test_what_is_no_modifier_is_refused_by_name(modifier: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _sample(modifier)
+
+
+def test_a_generator_shows_its_modifiers_as_they_were_given() -> None:
+    def shown(modifiers: Any) -> Any:
+        return ActivationGenerator(3, 1.0, modify_activations=modifiers, seed=0).modify_activations
+
+    assert shown(None) is None
+    assert shown([]) is None
+    assert shown(torch.relu) is torch.relu
+    assert shown([torch.relu, torch.sqrt]) == (torch.relu, torch.sqrt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +227,31 @@ def test_decoder_projection_is_small_at_the_truth_and_large_where_latents_mix() 
     with torch.no_grad():
         sae.W_dec.add_(0.4 * features.feature_vectors[:1])  # all latents see feature 0
     assert decoder_projection(sae, x, 3) > 0.3
+
+
+def test_a_dictionary_without_latents_finds_nothing() -> None:
+    none, truth = torch.zeros(0, 4), torch.eye(4)
+    assert feature_uniqueness(none, truth) == 0.0
+    assert compute_classification_metrics(torch.zeros(5, 0), torch.rand(5, 4), none, truth).f1_score == 0.0
+    with pytest.raises(ShapeError, match="no true features"):
+        feature_uniqueness(truth, none)
+
+
+@pytest.mark.parametrize(
+    ("calculator", "parts"),
+    [
+        (L0Calculator(), [torch.zeros(0, 4)]),
+        (ShrinkageCalculator(), [torch.zeros(0, 4), torch.zeros(0, 4)]),
+        (ExplainedVarianceCalculator(), [torch.zeros(0, 4), torch.zeros(0, 4)]),
+        (ClassificationMetricsCalculator(torch.eye(4), torch.eye(4)), [torch.zeros(0, 4), torch.zeros(0, 4)]),
+    ],
+)
+def test_an_empty_batch_adds_nothing_and_alone_gives_no_number(calculator: Any, parts: list[Tensor]) -> None:
+    calculator.add_batch(*parts)
+    with pytest.raises(DataError, match="no batch was added"):
+        calculator.compute()
+    full = [torch.eye(4) for _ in parts]
+    calculator.add_batch(*full)
+    alone = calculator.compute()
+    calculator.add_batch(*parts)
+    assert calculator.compute() == alone

@@ -45,7 +45,7 @@ class PluginError(SaeCoreError):
     """A plugin could not be loaded, or what it declares does not exist."""
 
 
-class UnknownNameError(PluginError, LookupError):
+class UnknownNameError(PluginError, LookupError, ValueError):
     """No plugin provides the name that was asked for, or more than one does."""
 
 

@@ -57,13 +57,19 @@ if TYPE_CHECKING:
         register_firing_probability,
         zipfian_firing_probabilities,
     )
+    from sae_synthetic.forest import (
+        HierarchyNode,
+    )
+    from sae_synthetic.forest_modifier import (
+        HierarchyModifier,
+        hierarchy_modifier,
+    )
     from sae_synthetic.generator import (
         ActivationGenerator,
     )
     from sae_synthetic.hierarchy import (
         Hierarchy,
         HierarchyConfig,
-        HierarchyNode,
         generate_hierarchy,
     )
     from sae_synthetic.initialization import (
@@ -87,9 +93,7 @@ if TYPE_CHECKING:
     from sae_synthetic.modifiers import (
         ActivationsModifier,
         ActivationsModifierInput,
-        HierarchyModifier,
         SparseModifier,
-        hierarchy_modifier,
     )
     from sae_synthetic.plots import (
         find_best_feature_ordering,
@@ -256,8 +260,8 @@ _HOMES = {
     "FoldedNormalMagnitudeConfig": "firing_magnitudes",
     "Hierarchy": "hierarchy",
     "HierarchyConfig": "hierarchy",
-    "HierarchyModifier": "modifiers",
-    "HierarchyNode": "hierarchy",
+    "HierarchyModifier": "forest_modifier",
+    "HierarchyNode": "forest",
     "L0Calculator": "scores",
     "LinearFiringProbabilityConfig": "firing_probabilities",
     "LinearMagnitudeConfig": "firing_magnitudes",
@@ -305,7 +309,7 @@ _HOMES = {
     "generate_random_low_rank_correlation_matrix": "correlation",
     "get_firing_probability_class": "firing_probabilities",
     "get_magnitude_class": "firing_magnitudes",
-    "hierarchy_modifier": "modifiers",
+    "hierarchy_modifier": "forest_modifier",
     "init_sae_to_match_feature_dict": "initialization",
     "linear_firing_probabilities": "firing_probabilities",
     "match_features": "matching",

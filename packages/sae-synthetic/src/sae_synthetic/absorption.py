@@ -22,8 +22,8 @@ from sae_core.errors import ConfigError
 from torch import Tensor
 
 from sae_synthetic.features import FeatureDictionary
+from sae_synthetic.forest import HierarchyNode, HierarchyPlan
 from sae_synthetic.generator import ActivationGenerator
-from sae_synthetic.hierarchy import HierarchyNode, HierarchyPlan
 from sae_synthetic.matching import match_features
 
 __all__ = ["EdgeScores", "StructureScores", "structure_scores"]

@@ -125,8 +125,9 @@ def decode_codes(codes: SparseCodes, vectors_ND: Tensor) -> Tensor:
 class FeatureDictionary(nn.Module):
     """`num_features` unit vectors in `hidden_dim` dimensions, and a bias.
 
-    `bias` is False (none), True (a random direction of norm 1) or the norm it shall have. `initializer` changes the random
-    unit vectors in place and may be None. `seed` None draws a random dictionary; a seed fixes it, on every device.
+    `bias` is False (none, and no gradient for it), True (a random direction of norm 1) or the norm it shall have.
+    `initializer` changes the random unit vectors in place and may be None. `seed` None draws a random dictionary; a seed
+    fixes it, on every device.
 
     >>> features = FeatureDictionary(3, 4, seed=0)
     >>> hidden = features(torch.tensor([[2.0, 0.0, 0.0]]))
@@ -154,8 +155,8 @@ class FeatureDictionary(nn.Module):
         generator = generator_for(seed)  # on the CPU, so that a seed means the same vectors everywhere
         vectors = _unit_rows(torch.randn(num_features, hidden_dim, generator=generator))
         self.feature_vectors = nn.Parameter(vectors.to(device))
-        self.bias = nn.Parameter(torch.zeros(hidden_dim, device=device))
-        if bias is not False:
+        self.bias = nn.Parameter(torch.zeros(hidden_dim, device=device), requires_grad=bool(bias))
+        if bias:
             direction = torch.randn(hidden_dim, generator=generator)
             with torch.no_grad():
                 self.bias.copy_(direction / direction.norm() * float(bias))

@@ -114,9 +114,7 @@ class FoldedNormalMagnitudeConfig(MagnitudeConfig):
         require(
             self.min_value is None or self.min_value >= 0, f"min_value must not be negative, found {self.min_value}"
         )
-        require(
-            self.max_value is None or self.max_value >= 0, f"max_value must not be negative, found {self.max_value}"
-        )
+        require(self.max_value is None or self.max_value > 0, f"max_value must be positive, not {self.max_value}")
         if self.min_value is not None and self.max_value is not None:
             require(
                 self.min_value <= self.max_value,

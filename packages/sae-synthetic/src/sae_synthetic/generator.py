@@ -26,7 +26,8 @@ from sae_synthetic.correlation import (
     validated_correlation,
 )
 from sae_synthetic.firing import make_firing
-from sae_synthetic.hierarchy import HierarchyNode
+from sae_synthetic.forest import HierarchyNode
+from sae_synthetic.forest_modifier import HierarchyModifier
 from sae_synthetic.modifiers import ActivationsModifierInput, apply_modifier, as_modifiers, first_hierarchy
 
 __all__ = ["ActivationGenerator"]
@@ -83,8 +84,11 @@ class ActivationGenerator:
         self.correlation_matrix = (
             None if correlation_matrix is None else validated_correlation(correlation_matrix, num_features)
         )
-        self.modify_activations = as_modifiers(modify_activations)
-        self._hierarchy = first_hierarchy(self.modify_activations)
+        self._modifiers = as_modifiers(modify_activations)
+        self._hierarchy = first_hierarchy(self._modifiers)
+        for modifier in self._modifiers:
+            if isinstance(modifier, HierarchyModifier):
+                modifier.require_scalable(self.mean_firing_magnitudes, self.std_firing_magnitudes)
         self._stream = RandomStream(seed)
         self._place(torch.device(device))
 
@@ -97,6 +101,13 @@ class ActivationGenerator:
     def seed(self) -> int:
         """The seed in use, also where a random one was asked for."""
         return self._stream.seed
+
+    @property
+    def modify_activations(self) -> ActivationsModifierInput:
+        """What changes activations after they were drawn: None, one modifier, or several in order."""
+        if len(self._modifiers) < 2:
+            return self._modifiers[0] if self._modifiers else None
+        return tuple(self._modifiers)
 
     @property
     def hierarchy_roots(self) -> list[HierarchyNode]:
@@ -127,7 +138,7 @@ class ActivationGenerator:
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         source = self._stream.next(self.device)
         codes = self._grow(batch_size, source)
-        for modifier in self.modify_activations[0 if self._hierarchy is None else 1 :]:
+        for modifier in self._modifiers[0 if self._hierarchy is None else 1 :]:
             codes = apply_modifier(modifier, codes, self, source)
         return codes if codes.values.dtype == self.dtype else codes.to(self.dtype)
 

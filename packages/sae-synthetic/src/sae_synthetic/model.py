@@ -154,11 +154,6 @@ class SyntheticModelConfig:
             require(isinstance(value, MagnitudeConfig) or value >= 0, f"{name} must not be negative, found {value}")
         dtype_of(self.dtype)
         checked_seed(self.seed)
-        if self.hierarchy is not None:
-            require(
-                self.hierarchy.total_root_nodes <= self.num_features,
-                f"hierarchy: total_root_nodes {self.hierarchy.total_root_nodes} is more than the {self.num_features} features",
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested JSON values."""

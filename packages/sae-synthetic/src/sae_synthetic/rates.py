@@ -19,7 +19,7 @@ from sae_core.config import require
 from sae_core.errors import ConfigError
 from torch import Tensor
 
-from sae_synthetic.hierarchy import HierarchyNode, validate_forest
+from sae_synthetic.forest import HierarchyNode, validate_forest
 
 __all__ = ["firing_probabilities_for_rates"]
 

@@ -41,17 +41,19 @@ _ROWS_AT_ONCE = 4096
 
 def best_matches(sae_features: Tensor, gt_features: Tensor) -> Tensor:
     """(F,) the true feature whose direction has the largest absolute cosine with each latent's; several may share one."""
+    if not len(gt_features):
+        raise ShapeError("best_matches: there are no true features to match latents with")
     parts = [cosine_similarities(part, gt_features).abs().argmax(dim=1) for part in sae_features.split(_ROWS_AT_ONCE)]
     return torch.cat(parts)
 
 
 def feature_uniqueness(sae_features: Tensor, gt_features: Tensor) -> float:
-    """Distinct best matches per latent: 1 when no two latents (F, D) are nearest to the same true feature (N, D).
+    """Distinct best matches per latent: 1 when no two latents (F, D) are nearest to the same true feature (N, D), 0 for none.
 
     >>> feature_uniqueness(torch.tensor([[1.0, 0.0], [2.0, 0.1]]), torch.eye(2))
     0.5
     """
-    return len(best_matches(sae_features, gt_features).unique()) / len(sae_features)
+    return len(best_matches(sae_features, gt_features).unique()) / max(len(sae_features), 1)
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class ExplainedVarianceCalculator:
     def add_batch(self, sae_output: Tensor, hidden_acts: Tensor) -> None:
         """Account for reconstructions and inputs, both (B, D)."""
         x_BD = hidden_acts.double()
+        if not len(x_BD):
+            return
         if self._shift is None or self._sum is None:
             self._shift, self._sum = x_BD.mean(dim=0), torch.zeros_like(x_BD[0])
         centred = x_BD - self._shift  # by the first batch's mean, so that the squares stay small
@@ -238,8 +242,9 @@ class ClassificationMetricsCalculator:
         }
 
     def compute(self) -> ClassificationMetrics:
-        """Means over latents."""
-        return ClassificationMetrics(**{name: float(values.mean()) for name, values in self.per_latent().items()})
+        """Means over latents; 0 where there are none."""
+        means = {name: float(values.sum()) / max(len(values), 1) for name, values in self.per_latent().items()}
+        return ClassificationMetrics(**means)
 
 
 def compute_classification_metrics(
@@ -254,6 +259,9 @@ def compute_classification_metrics(
 def _codes(activations: Tensor | SparseCodes) -> SparseCodes:
     if isinstance(activations, SparseCodes):
         return activations
+    if not activations.shape[-1]:  # no columns, so no entries
+        empty = activations.new_zeros(0)
+        return SparseCodes(empty, empty.long(), tuple(activations.shape[:-1]), 0, k=0)
     return SparseCodes.from_dense(activations.to_dense() if activations.is_sparse else activations)
 
 

@@ -19,10 +19,10 @@ from sae_synthetic.absorption import structure_scores
 from sae_synthetic.evaluation import untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
+from sae_synthetic.forest import HierarchyNode
+from sae_synthetic.forest_modifier import hierarchy_modifier
 from sae_synthetic.generator import ActivationGenerator
-from sae_synthetic.hierarchy import HierarchyNode
 from sae_synthetic.initialization import init_sae_to_match_feature_dict
-from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_sae_feature_similarity
 from sae_synthetic.source import SyntheticActivationIterator
 

@@ -16,10 +16,10 @@ from sae_core import SAE
 
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.features import FeatureDictionary, cosine_similarities
+from sae_synthetic.forest import HierarchyNode
+from sae_synthetic.forest_modifier import hierarchy_modifier
 from sae_synthetic.generator import ActivationGenerator
-from sae_synthetic.hierarchy import HierarchyNode
 from sae_synthetic.matching import random_dictionary
-from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_similarity
 from sae_synthetic.source import SyntheticActivationIterator
 

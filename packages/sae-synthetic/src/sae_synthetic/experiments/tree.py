@@ -19,9 +19,9 @@ from sae_synthetic.evaluation import eval_sae_on_synthetic_data, untrained_like
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
 from sae_synthetic.experiments.steering import SteerL0
 from sae_synthetic.features import FeatureDictionary
+from sae_synthetic.forest import HierarchyNode
+from sae_synthetic.forest_modifier import hierarchy_modifier
 from sae_synthetic.generator import ActivationGenerator
-from sae_synthetic.hierarchy import HierarchyNode
-from sae_synthetic.modifiers import hierarchy_modifier
 from sae_synthetic.plots import plot_sae_feature_similarity
 from sae_synthetic.rates import firing_probabilities_for_rates
 from sae_synthetic.source import SyntheticActivationIterator
