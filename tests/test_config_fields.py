@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sae_core.plugins import get_registry
 from sae_core.run import RunConfig
-from sae_core.training.trainer import TrainConfig
+from sae_core.training.config import TrainConfig
 
 
 def config_classes() -> dict[str, type]:

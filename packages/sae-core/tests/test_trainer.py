@@ -12,9 +12,10 @@ import torch
 from sae_core import ActivationBatch, TrainConfig, Trainer, create
 from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_core.sae import StepOutput
+from sae_core.training.learner import geometric_median
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.monitor import DeadLatents, Window
-from sae_core.training.trainer import Progress, geometric_median
+from sae_core.training.trainer import Progress
 
 D_IN, FEATURES = 16, 32
 DICTIONARY = torch.nn.functional.normalize(

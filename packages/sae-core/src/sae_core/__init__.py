@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from sae_core.plugins.registry import list_plugins
     from sae_core.protocols import ActivationBatch
     from sae_core.sae import SAE, StepContext, StepOutput, create
-    from sae_core.training.trainer import TrainConfig, Trainer, TrainResult
+    from sae_core.training.config import TrainConfig
+    from sae_core.training.trainer import Trainer, TrainResult
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ _HOMES = {
     "SparseCodes": "sae_core.codes",
     "StepContext": "sae_core.sae",
     "StepOutput": "sae_core.sae",
-    "TrainConfig": "sae_core.training.trainer",
+    "TrainConfig": "sae_core.training.config",
     "TrainResult": "sae_core.training.trainer",
     "Trainer": "sae_core.training.trainer",
     "create": "sae_core.sae",

@@ -212,9 +212,9 @@ class Metric(Protocol):
 
 @runtime_checkable
 class Logger(Protocol):
-    """Receives training records: flat mappings of plain numbers, one at each flush."""
+    """Receives training records: flat mappings of plain numbers, None where one is not known, one at each flush."""
 
-    def log(self, record: Mapping[str, float | int | str]) -> None: ...
+    def log(self, record: Mapping[str, float | int | str | None]) -> None: ...
 
     def close(self) -> None: ...
 

@@ -28,8 +28,9 @@ from sae_core.format.write import write_atomically
 from sae_core.plugins import get_registry
 from sae_core.protocols import ActivationSource, Logger
 from sae_core.sae import SAE, create
+from sae_core.training.config import TrainConfig
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
-from sae_core.training.trainer import TrainConfig, Trainer, TrainResult
+from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
 
 __all__ = ["RunConfig", "execute", "read_run"]

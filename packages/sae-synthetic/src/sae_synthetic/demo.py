@@ -70,7 +70,7 @@ def run_demo(output: Path, seed: int = 0, samples: int = 1_000_000, report: bool
         lr_decay_samples=samples // 3,
         dead_after_samples=100_000,
     )
-    curve: list[Mapping[str, float]] = []
+    curve: list[Mapping[str, float | None]] = []
 
     def watch(progress: Progress) -> None:
         if progress.record is not None:
@@ -105,7 +105,7 @@ def _write_report(
     path: Path,
     features: FeatureDictionary,
     generator: ActivationGenerator,
-    curve: list[Mapping[str, float]],
+    curve: list[Mapping[str, float | None]],
     vectors: Mapping[str, Tensor],
     rows: list[list[str]],
 ) -> Path:

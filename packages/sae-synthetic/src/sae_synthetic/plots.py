@@ -158,7 +158,9 @@ def plot_similarity(directions: Mapping[str, Tensor], truth: Tensor, title: str 
     return figure
 
 
-def plot_training(history: Sequence[Mapping[str, float]], keys: Sequence[str], title: str = "Training") -> go.Figure:
+def plot_training(
+    history: Sequence[Mapping[str, float | None]], keys: Sequence[str], title: str = "Training"
+) -> go.Figure:
     """One panel a key of the records, over samples."""
     require(bool(history), "plot_training: the history is empty")
     go = require_plotly()
@@ -166,7 +168,7 @@ def plot_training(history: Sequence[Mapping[str, float]], keys: Sequence[str], t
 
     figure = make_subplots(rows=1, cols=len(keys), subplot_titles=[key.replace("_", " ") for key in keys])
     for place, key in enumerate(keys, start=1):
-        points = [(record["samples"], record[key]) for record in history if key in record]
+        points = [(record["samples"], record[key]) for record in history if record.get(key) is not None]
         x, y = zip(*points, strict=True) if points else ((), ())
         line = go.Scatter(x=x, y=y, mode="lines", line={"color": _COLOURS[place % len(_COLOURS)]}, showlegend=False)
         figure.add_trace(line, row=1, col=place)

@@ -39,6 +39,8 @@ class Train:
         last = result.history[-1]
         planned = run.train.total_samples
         ended = "" if result.samples >= planned else f" of {planned:,}: the source ended"
+        dead = f"not known before {run.train.dead_after_samples:,} samples"
+        measured = (("loss", "loss", ".4g"), ("explained variance", "explained_variance", ".4f"), ("L0", "l0", ".2f"))
         print(
             table(
                 ["TRAINED", ""],
@@ -46,12 +48,14 @@ class Train:
                     ["samples", f"{result.samples:,}{ended}"],
                     ["seconds", f"{result.seconds:.1f}"],
                     ["samples/s", f"{result.samples / result.seconds:,.0f}"],
-                    ["loss", f"{last['loss']:.4g}"],
-                    ["explained variance", f"{last['explained_variance']:.4f}"],
-                    ["L0", f"{last['l0']:.2f}"],
-                    ["dead latents", f"{last['dead_fraction']:.2%}"],
+                    *([label, _number(last[key], form)] for label, key, form in measured),
+                    ["dead latents", _number(last["dead_fraction"], ".2%", unknown=dead)],
                 ],
             )
         )
         print(f"\nThe SAE is in {run.output} (with run.yaml and log.jsonl).")
         return 0
+
+
+def _number(value: float | None, form: str, unknown: str = "not known") -> str:
+    return unknown if value is None else f"{value:{form}}"

@@ -6,7 +6,7 @@ never held together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -18,7 +18,7 @@ from sae_core.config import option, require
 from sae_core.errors import DataError
 from sae_core.format.files import read_safetensors
 
-__all__ = ["TensorFiles", "TensorFilesConfig"]
+__all__ = ["RowBatches", "TensorFiles", "TensorFilesConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,16 @@ class TensorFiles:
         """Number of rows in all files together."""
         return int(self._starts[-1])
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches (batch_size, d_in); the last one of an epoch may be smaller."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for _ in range(self.config.epochs):
-            order = torch.randperm(self.rows, generator=generator) if self.config.shuffle else torch.arange(self.rows)
-            for chosen in order.split(batch_size):
-                yield self._read(chosen)
+    def batches(self, batch_size: int) -> RowBatches:
+        """Batches (batch_size, d_in), from the first one; the last one of an epoch may be smaller."""
+        config = self.config
+        return RowBatches(
+            self._read, self.rows, batch_size, epochs=config.epochs, seed=config.seed if config.shuffle else None
+        )
 
     def metadata(self) -> Mapping[str, Any]:
         """Where the activations came from."""
-        return {"dataset_path": ", ".join(str(path) for path in self.config.paths)}
+        return {"dataset_path": ", ".join(str(path.absolute()) for path in self.config.paths)}
 
     def _read(self, chosen: Tensor) -> Tensor:
         part_of = torch.bucketize(chosen, self._starts, right=True) - 1
@@ -98,6 +97,66 @@ class TensorFiles:
                 f"{path}: activations must be (rows, d_in) of floating point, found {tensor.dtype} {tuple(tensor.shape)}"
             )
         return tensor.reshape(-1, tensor.shape[-1])
+
+
+@final
+class RowBatches:
+    """Batches of rows by number, `epochs` times over all `rows`, each time in another order; None for `seed` keeps order.
+
+    `read` gives the rows of the numbers (n,) that it is called with. The place can be saved and restored.
+
+    >>> batches = RowBatches(lambda numbers: numbers, rows=5, batch_size=2, epochs=1, seed=None)
+    >>> [batch.tolist() for batch in batches]
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(
+        self, read: Callable[[Tensor], Tensor], rows: int, batch_size: int, *, epochs: int, seed: int | None
+    ) -> None:
+        require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
+        self._read, self._rows, self._batch_size, self._epochs = read, rows, batch_size, epochs
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._epoch, self._position = 0, 0
+        self._open_epoch()
+
+    def __iter__(self) -> RowBatches:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._position >= self._rows:
+            self._epoch, self._position = self._epoch + 1, 0
+            if self._epoch < self._epochs:
+                self._open_epoch()
+        if self._epoch >= self._epochs:
+            self._epoch, self._position = self._epochs - 1, self._rows
+            raise StopIteration
+        chosen = self._order[self._position : self._position + self._batch_size]
+        self._position += len(chosen)
+        return self._read(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place: epoch, row in its order, and the generator as it was when the order was drawn."""
+        return {"epoch": self._epoch, "position": self._position, "rows": self._rows, "generator": self._drawn_from}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a saved place. Raises DataError for another number of rows, ConfigError for another way to shuffle."""
+        if state["rows"] != self._rows:
+            raise DataError(f"the files hold {self._rows} rows; {state['rows']} when the place was saved")
+        require(
+            (state["generator"] is None) == (self._generator is None),
+            "shuffle is not what it was when the place was saved",
+        )
+        if self._generator is not None:
+            self._generator.set_state(state["generator"])
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._open_epoch()
+
+    def _open_epoch(self) -> None:
+        if self._generator is None:
+            self._drawn_from, self._order = None, torch.arange(self._rows)
+        else:
+            self._drawn_from = self._generator.get_state()
+            self._order = torch.randperm(self._rows, generator=self._generator)
 
 
 def _expand(paths: list[Path]) -> list[Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, TextIO, final
 
 from sae_core.config import option
+from sae_core.errors import FormatError
 
 __all__ = ["JsonlConfig", "JsonlLogger"]
 
@@ -22,19 +24,46 @@ class JsonlConfig:
 
 @final
 class JsonlLogger:
-    """Appends each record as one line of JSON, flushed at once, so that a killed run keeps what it logged."""
+    """Appends each record as one line of JSON, flushed at once, so that a killed run keeps what it logged.
+
+    What is not known is null. When a run goes on from a checkpoint, lines that came after it are cut off.
+    """
 
     config_class: ClassVar[type] = JsonlConfig
 
     def __init__(self, config: JsonlConfig) -> None:
-        config.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = config.path.open("a", encoding="utf-8")
+        self._path = config.path.absolute()
+        self._file: TextIO | None = None  # opened by the first record
 
-    def log(self, record: Mapping[str, float | int | str]) -> None:
+    def log(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append `record`."""
-        self._file.write(json.dumps(dict(record)) + "\n")
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; another record would open it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The length of the file, which is on the disk when this returns."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return {"bytes": self._size()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut off what was logged after the state was saved. Raises FormatError for a file that is shorter."""
+        size = self._size()
+        if size < state["bytes"]:
+            raise FormatError(
+                f"{self._path}: {size} bytes, {state['bytes']} when the checkpoint was written; it is not that run's log"
+            )
+        if size > state["bytes"]:
+            os.truncate(self._path, state["bytes"])
+
+    def _size(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0

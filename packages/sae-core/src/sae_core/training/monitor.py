@@ -5,14 +5,17 @@ anew. Explained variance is then that of the whole window,
 
     EV = 1 - sum |y - x|^2 / sum |x - mean x|^2,        the mean over the window, per dimension,
 
-not an average of batch values, so it does not depend on the batch size.
+not an average of batch values, so it does not depend on the batch size. What an architecture reports besides its loss terms
+is averaged over the window too, under ``metrics/NAME``.
 """
 
 # R rows, O d_out, F d_sae
 
 from __future__ import annotations
 
-from typing import final
+import math
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -25,18 +28,22 @@ __all__ = ["DeadLatents", "Window", "check_batch"]
 
 @final
 class Window:
-    """Sums over the steps since the last flush."""
+    """Sums over the steps since the last flush.
+
+    A name that was announced, or seen once, is in every record: in a window in which it did not occur, a loss term is 0
+    and a metric None, as one that is not finite.
+    """
 
     def __init__(self, d_out: int, d_sae: int, device: torch.device) -> None:
         self.d_sae = d_sae
         self._mean_and_squares = torch.zeros(d_out + 1, dtype=torch.float64, device=device)
         self._sums: dict[str, Tensor] = {}
+        self._names: dict[str, None] = {}  # an ordered set
         self._rows = 0
-        self._steps = 0
 
     @torch.no_grad()
     def add(self, output: StepOutput) -> None:
-        """Account for one step."""
+        """Account for one step. Raises DataError for losses and metrics that are not one number each."""
         target, residual = output.target, output.reconstruction - output.target
         self._mean_and_squares[:-1] += target.sum(0)
         self._mean_and_squares[-1] += target.square().sum()
@@ -44,32 +51,50 @@ class Window:
         self._add("residual", residual.square().sum())
         self._add("l0", output.codes.l0().sum())
         self._add("loss", output.loss * rows)
-        for name, value in output.losses.items():
-            self._add(f"loss/{name}", value * rows)
-        for name, value in output.metrics.items():
-            self._add(name, value * rows)
+        for name, value in _names(output).items():
+            self._add(name, value.reshape(()) * rows)
         self._rows += rows
-        self._steps += 1
 
-    def flush(self) -> dict[str, float]:
-        """Means over the window; then start anew. Empty when nothing was added."""
+    def announce(self, output: StepOutput) -> None:
+        """Expect the names that `output` has, so that records have the same keys from the first one on."""
+        for name in ("residual", "l0", "loss", *_names(output)):
+            self._names.setdefault(name)
+
+    def flush(self) -> dict[str, float | None]:
+        """Means over the window, and ``residual``, the squared error of a row; then start anew. Empty without a step."""
         if not self._rows:
             return {}
         names = list(self._sums)
         on_host = torch.stack([self._sums[name] for name in names]).tolist()
         *means, squares = self._mean_and_squares.tolist()
-        sums = dict(zip(names, on_host, strict=True))
         rows = self._rows
         variance = squares - sum(total * total for total in means) / rows
-        residual = sums.pop("residual")
-        record = {name: total / rows for name, total in sums.items()}
-        record["explained_variance"] = 1 - residual / variance if variance > 0 else float("nan")
+        sums = dict(zip(names, on_host, strict=True))
+        record = {name: _mean(name, sums.get(name), rows) for name in self._names}
+        record["explained_variance"] = 1 - sums["residual"] / variance if variance > 0 else None
         self._mean_and_squares.zero_()
-        self._sums, self._rows, self._steps = {}, 0, 0
+        self._sums, self._rows = {}, 0
         return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {
+            "mean_and_squares": self._mean_and_squares,
+            "sums": dict(self._sums),
+            "names": list(self._names),
+            "rows": self._rows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with saved sums."""
+        self._mean_and_squares.copy_(state["mean_and_squares"])
+        self._sums = {name: total.to(self._mean_and_squares.device) for name, total in state["sums"].items()}
+        self._names = dict.fromkeys(state["names"])
+        self._rows = state["rows"]
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().double()
+        self._names.setdefault(name)
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
 
@@ -91,6 +116,24 @@ class DeadLatents:
         """(n_dead,) indices of the dead latents, or None when there are none. Waits for the device."""
         dead = (self.samples_since_fired > self.after).nonzero().squeeze(-1)
         return dead if dead.numel() else None
+
+
+def _mean(name: str, total: float | None, rows: int) -> float | None:
+    if total is None:
+        return 0.0 if name.startswith("loss/") else None
+    mean = total / rows
+    return None if name.startswith("metrics/") and not math.isfinite(mean) else mean
+
+
+def _names(output: StepOutput) -> dict[str, Tensor]:
+    """Loss terms and metrics under the names that records have. Raises DataError for what is not one number."""
+    found = {f"loss/{name}": value for name, value in output.losses.items()}
+    found |= {f"metrics/{name}": value for name, value in output.metrics.items()}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(f"the architecture reports {name} as {what}; a tensor of one number is needed")
+    return found
 
 
 def check_batch(batch: Tensor, first_sample: int, what: str = "batch") -> None:

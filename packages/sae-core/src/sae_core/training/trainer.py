@@ -1,95 +1,54 @@
 """The trainer: batches in, optimiser steps, records out; the same loop for every architecture.
 
-A step is forward, backward, gradient clipping and fused Adam, and nothing in it waits for the device. What is measured
-accumulates there and crosses to the host every `log_every_steps` steps. The set of dead latents is refreshed every
-`dead_refresh_steps` steps for the same reason.
+One stream of batches feeds one or several dictionaries, each with a `Learner` of its own, so that none of them is touched by
+the others: every one ends with the bits that it gets alone. A step is forward, backward, gradient clipping and fused Adam,
+and nothing in it waits for the device. What is measured accumulates there and crosses to the host every `log_every_steps`
+steps. The set of dead latents is refreshed every `dead_refresh_steps` steps for the same reason.
 
 A batch with NaN or infinite values, of the wrong width or dtype, ends the run with an error that says which; the SAE keeps
 everything it had learnt before that batch. All randomness belongs to the source and to `create(seed=…)`, so two runs of
-one seed give the same bits on one machine's CPU.
+one seed give the same bits on one machine's CPU, and so does a run that was killed and went on from a checkpoint.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from pathlib import Path
+from typing import Any, cast, final
 
 import torch
-from torch import Tensor
 
-from sae_core.config import option, require
-from sae_core.errors import DataError, ShapeError
+from sae_core.config import require, structure, unstructure
+from sae_core.data.stream import Batch, Stream, rows_of
+from sae_core.errors import ConfigError, DataError, FormatError, ShapeError
 from sae_core.ops import memory
-from sae_core.protocols import ActivationBatch, ActivationSource, HasMetadata, Logger
-from sae_core.sae import SAE, StepContext, StepOutput
-from sae_core.training import row_blocks
-from sae_core.training.monitor import DeadLatents, Window, check_batch
-from sae_core.training.optimizer import clipped_step, contiguous_views, drop_gradients
-from sae_core.training.schedules import learning_rate_factor
+from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
+from sae_core.sae import SAE, StepOutput, create
+from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
+from sae_core.training.config import TrainConfig, samples_of
+from sae_core.training.facts import config_facts, differences, source_facts, version_facts
+from sae_core.training.learner import DivergedError, Learner, Record
 
-__all__ = ["Callback", "Progress", "TrainConfig", "TrainResult", "Trainer"]
+__all__ = ["Callback", "Progress", "Record", "TrainResult", "Trainer"]
 
-Record = dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train."""
-
-    total_samples: int = option(help="samples (activation vectors) to train on")
-    batch_size: int = option(default=2048, help="samples in a step")
-    lr: float = option(default=3e-4, help="peak learning rate of Adam")
-    lr_warmup_samples: int = option(default=0, help="samples over which the learning rate rises linearly from 0")
-    lr_decay_samples: int = option(default=0, help="samples at the end over which it falls linearly to 0")
-    adam_beta1: float = option(default=0.9, help="Adam's decay of the gradient mean")
-    adam_beta2: float = option(default=0.999, help="Adam's decay of the squared-gradient mean")
-    grad_clip_norm: float | None = option(default=1.0, help="largest gradient norm; null does not clip")
-    dead_after_samples: int = option(
-        default=1_000_000, help="a latent is dead when it has not fired for this many samples"
-    )
-    dead_refresh_steps: int = option(default=10, help="steps between refreshes of the set of dead latents")
-    log_every_steps: int = option(default=50, help="steps between records")
-    init_samples: int = option(
-        default=16_384,
-        help="samples looked at before training, for b_dec and the input normalisation; they are then used",
-    )
-    init_b_dec: Literal["zeros", "mean", "geometric_median"] = option(
-        default="geometric_median", help="where b_dec starts, estimated from init_samples"
-    )
-    encoder_product: Literal["full", "bfloat16"] = option(
-        default="full",
-        help="precision of the large encoder product; bfloat16 is faster and may change which latents are chosen",
-    )
-    progress_bar: bool = option(default=True, help="show a progress bar on stderr")
-
-    def __post_init__(self) -> None:
-        for name in ("total_samples", "batch_size", "dead_after_samples", "dead_refresh_steps", "log_every_steps"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("lr_warmup_samples", "lr_decay_samples"):
-            value = getattr(self, name)
-            require(0 <= value <= self.total_samples, f"{name} must lie in [0, total_samples], not {value}")
-        require(self.lr > 0, f"lr must be positive, not {self.lr}")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        require(
-            self.grad_clip_norm is None or self.grad_clip_norm > 0,
-            f"grad_clip_norm must be positive or null, not {self.grad_clip_norm}",
-        )
-        require(self.init_samples > 0, f"init_samples must be positive, not {self.init_samples}")
+Source = ActivationSource | Iterable[Batch]
+Loggers = Sequence[Logger] | Mapping[str, Sequence[Logger]]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a callback sees after each step; reading `output` waits for the device."""
+    """What a callback sees after each step of a dictionary; reading `output` waits for the device."""
 
     trainer: Trainer
+    learner: Learner
     output: StepOutput
     record: Record | None
     """The record of this step's flush, or None between flushes."""
+    name: str = ""
+    """Which dictionary, where several are trained."""
 
 
 Callback = Callable[[Progress], None]
@@ -97,275 +56,455 @@ Callback = Callable[[Progress], None]
 
 @dataclass(slots=True)
 class TrainResult:
-    """A finished run: the SAE in eval mode, the records in order, and how much was seen."""
+    """A run as far as it went: the SAE in eval mode, the records in order, and how much was seen.
+
+    `dropped` says why a dictionary among several was given up, and is None for all others.
+    """
 
     sae: SAE
     history: list[Record] = field(default_factory=list[Record])
     samples: int = 0
     seconds: float = 0.0
+    dropped: str | None = None
 
 
 @final
 class Trainer:
-    """Trains one SAE on one source.
+    """Trains one SAE, or several by name, on one source.
 
-    `callbacks` are called after every step with a `Progress`; `loggers` receive every record. `source` may be any
-    ActivationSource or an iterable of batches, tensors (batch, d_in) or `ActivationBatch`.
+    `source` may be any ActivationSource or an iterable of batches, tensors (batch, d_in) or `ActivationBatch`. `config` is
+    one for all or one for each name; settings that belong to the stream (batch_size and the checkpoint policy) must agree.
+    `callbacks` are called after every step with a `Progress`; `loggers` receive every record, one list for all or one for
+    each name. `checkpoints` is a folder; without one, none are written but by `save`.
+
+    >>> batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    >>> saes = {f"k={k}": create("topk", d_in=8, d_sae=16, k=k) for k in (1, 2)}
+    >>> config = TrainConfig(total_samples=256, batch_size=64, progress_bar=False)
+    >>> [result.samples for result in Trainer(saes, batches, config).fit_all().values()]
+    [256, 256]
     """
 
     def __init__(
         self,
-        sae: SAE,
-        source: ActivationSource | Iterable[Tensor | ActivationBatch],
-        config: TrainConfig,
+        saes: SAE | Mapping[str, SAE],
+        source: Source,
+        config: TrainConfig | Mapping[str, TrainConfig],
         callbacks: Sequence[Callback] = (),
-        loggers: Sequence[Logger] = (),
+        loggers: Loggers = (),
+        *,
+        checkpoints: str | Path | None = None,
     ) -> None:
-        if isinstance(source, ActivationSource) and source.d_in != sae.d_in:
-            raise ShapeError(f"the source gives activations of width {source.d_in}, the SAE has d_in {sae.d_in}")
-        self.sae = sae
+        named = {"": saes} if isinstance(saes, SAE) else dict(saes)
+        require(len(named) > 0, "there is no SAE to train")
+        configs = {name: config if isinstance(config, TrainConfig) else _of_name(config, name) for name in named}
+        self._shared = _shared_settings(configs)
+        for name, sae in named.items():
+            if isinstance(source, ActivationSource) and source.d_in != sae.d_in:
+                raise ShapeError(
+                    f"{_quoted(name)}the source gives activations of width {source.d_in}, the SAE has d_in {sae.d_in}"
+                )
         self.source = source
-        self.config = config
         self.callbacks = list(callbacks)
-        self.loggers = list(loggers)
-        self.samples = 0
-        self.steps = 0
-        self.history: list[Record] = []
-        _store_latent_major(sae)
-        self._parameters = contiguous_views(sae.parameters())
-        self.optimizer = torch.optim.Adam(
-            [contiguous for _, contiguous in self._parameters],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            fused=True,
+        self.loggers = {
+            name: list(_of_name(loggers, name) if isinstance(loggers, Mapping) else loggers) for name in named
+        }
+        self.learners = {name: Learner(sae, configs[name]) for name, sae in named.items()}
+        self.dropped: dict[str, str] = {}
+        self._initial = {name: unstructure(sae.config) for name, sae in named.items()}
+        require(
+            checkpoints is not None or self._shared.checkpoint_every_samples is None,
+            "checkpoint_every_samples: give the folder for checkpoints, Trainer(..., checkpoints=...)",
         )
-        self._window = Window(sae.d_out, sae.d_sae, sae.device)
-        self._dead = DeadLatents(sae.d_sae, config.dead_after_samples, sae.device)
-        self._dead_indices: Tensor | None = None
-        self._density: float | None = None
-        self._bad_since: Tensor | None = None
+        self._checkpoints = None if checkpoints is None else Checkpoints(Path(checkpoints), self._shared.keep_last)
+        self._saved_at = (0, time.monotonic())
+        self._stream: Stream | None = None
+        self._ended = False
+        self._stop = False
+
+    # One dictionary.
+
+    @property
+    def learner(self) -> Learner:
+        """The only learner. Raises ConfigError where there are several."""
+        if len(self.learners) != 1:
+            raise ConfigError(f"several SAEs are trained: {', '.join(self.learners)}; use trainer.learners[name]")
+        return next(iter(self.learners.values()))
+
+    @property
+    def sae(self) -> SAE:
+        """The only SAE."""
+        return self.learner.sae
+
+    @property
+    def config(self) -> TrainConfig:
+        """The only SAE's settings."""
+        return self.learner.config
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The only SAE's optimiser."""
+        return self.learner.optimizer
+
+    @property
+    def history(self) -> list[Record]:
+        """The only SAE's records."""
+        return self.learner.history
+
+    # How far training is.
+
+    @property
+    def samples(self) -> int:
+        """Samples that the furthest dictionary was trained on."""
+        return max(learner.samples for learner in self.learners.values())
+
+    @property
+    def steps(self) -> int:
+        """Steps of the furthest dictionary."""
+        return max(learner.steps for learner in self.learners.values())
+
+    @property
+    def stream(self) -> Stream:
+        """The row of batches, opened when it is first needed."""
+        if self._stream is None:
+            self._stream = Stream(self.source, self._shared.batch_size)
+        return self._stream
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last `fit` ended because of `stop`."""
+        return self._stop
+
+    # Training.
 
     def fit(self) -> TrainResult:
-        """Train until `total_samples` or the end of the data, whichever is first.
+        """Train until `total_samples` or the end of the data, whichever is first; or until `stop`.
 
         Raises DataError for a bad batch or an empty source; the SAE then holds what it had learnt before.
         """
-        started = time.perf_counter()
-        batches = self._batches()
-        self.sae.train()
-        try:
-            batches = self._initialise(batches)
-            with self._progress_bar() as bar:
-                for batch in batches:
-                    if self.samples >= self.config.total_samples:
-                        break
-                    before = self.samples
-                    self.step(batch)
-                    bar.update(self.samples - before)
-                    self._show(bar)
-            self._flush()
-        finally:
-            self.sae.eval()
-            memory.forget()
-            for logger in self.loggers:
-                logger.close()
-        if not self.steps:
-            raise DataError("the source gave no batch: there is nothing to train on")
-        self._record_provenance()
-        return TrainResult(self.sae, self.history, self.samples, time.perf_counter() - started)
+        learner = self.learner
+        results = self.fit_all()
+        return next(results[name] for name, each in self.learners.items() if each is learner)
 
-    def step(self, batch: Tensor | ActivationBatch) -> StepOutput:
-        """One optimiser step on one batch, cut to what is left of `total_samples`."""
-        batch = self._placed(batch)
-        if self.steps % self.config.dead_refresh_steps == 0:
-            self._dead_indices = self._dead.indices()
-        context = StepContext(
-            progress=min(self.samples / self.config.total_samples, 1.0),
-            dead=self._dead_indices,
-            density=self._density,
-            product_dtype=torch.bfloat16 if self.config.encoder_product == "bfloat16" else None,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * learning_rate_factor(
-                self.samples + batch.inputs.shape[0],
-                total=self.config.total_samples + batch.inputs.shape[0],
-                warmup=self.config.lr_warmup_samples,
-                decay=self.config.lr_decay_samples,
+    def fit_all(self) -> dict[str, TrainResult]:
+        """`fit` for every dictionary, by name. One that diverges among several is dropped, and the others go on."""
+        if self._ended:
+            raise ConfigError(
+                f"this trainer has ended after {self.samples} samples; Trainer.resume goes on from a checkpoint, and a new "
+                "Trainer trains the SAE further on new batches"
             )
-        drop_gradients(self._parameters)
-        output = row_blocks.training_step(self.sae, batch, context)
-        output.loss.backward()
-        clipped_step(self.optimizer, self._parameters, self.config.grad_clip_norm)
-        self.sae.after_step()
-        self._window.add(output)
-        self._dead.add(output)
-        self.samples += output.target.shape[0]
-        self.steps += 1
-        record = self._flush() if self.steps % self.config.log_every_steps == 0 else None
+        if not self._active():
+            raise ConfigError(f"there is nothing left to train: {self.samples} samples are done; raise total_samples")
+        started = time.perf_counter()
+        self._stop = False
+        before = self.steps
+        try:
+            with self._progress_bar() as bar:
+                self._initialise(bar)
+                self._loop(bar)
+            if not self._stop:  # a run that goes on later has no record here
+                for name in self.learners:
+                    self._flush(name)
+        finally:
+            self._end()
+        if self.steps == before and not self._stop:
+            raise DataError(
+                "the source gave no batch: there is nothing to train on"
+                if not before
+                else f"the source gave no more batches after {self.samples} samples"
+            )
+        if not self._stop:
+            for name in self.learners:
+                self._record_provenance(name)
+        seconds = time.perf_counter() - started
+        return {
+            name: TrainResult(each.sae, each.history, each.samples, seconds, self.dropped.get(name))
+            for name, each in self.learners.items()
+        }
+
+    def stop(self) -> None:
+        """Have `fit` end after the step that is running; may be called from a callback or a signal handler."""
+        self._stop = True
+
+    def step(self, batch: Batch) -> StepOutput:
+        """One optimiser step of the only SAE on one batch, in train mode, cut to what is left of `total_samples`."""
+        learner = self.learner
+        if learner.finished:
+            raise ConfigError(f"total_samples: {learner.config.total_samples} samples have been trained on already")
+        return self._step(next(iter(self.learners)), batch)
+
+    # Saving.
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the whole state as the folder `folder`, from which `resume` goes on with the same bits.
+
+        Where the source's iterator cannot be saved, its place is left out, and `resume` refuses unless forced.
+        """
+        return write_checkpoint(Path(folder), self.state_dict())
+
+    def checkpoint(self) -> Path:
+        """Write one more checkpoint into the folder for checkpoints. Raises ConfigError when there is none."""
+        if self._checkpoints is None:
+            raise ConfigError("no folder for checkpoints: Trainer(..., checkpoints=...)")
+        path = self._checkpoints.save(self.samples, self.state_dict())
+        self._saved_at = (self.samples, time.monotonic())
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """All learners, the stream's place, resumable loggers, and the facts that must be the same when training goes on."""
+        loggers = {
+            name: [
+                {"class": type(logger).__qualname__, "state": logger.state_dict()}
+                for logger in each
+                if isinstance(logger, Resumable)
+            ]
+            for name, each in self.loggers.items()
+        }
+        return {
+            "learners": {name: learner.state_dict() for name, learner in self.learners.items()},
+            "configs": {name: unstructure(learner.config) for name, learner in self.learners.items()},
+            "initial": self._initial,
+            "dropped": self.dropped,
+            "stream": self.stream.state_dict() if self.stream.resumable else None,
+            "loggers": loggers,
+            "facts": self._facts(),
+        }
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        source: Source,
+        config: TrainConfig | Mapping[str, TrainConfig] | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Loggers = (),
+        *,
+        checkpoints: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        force: bool = False,
+    ) -> Trainer:
+        """A trainer that goes on where the checkpoint `folder` was written, or the newest whole one inside it.
+
+        In the second case further checkpoints go there too. `source` must be what it was, opened anew. `config` None is the
+        saved one; a new one may differ in `MAY_CHANGE`. Loggers that can be resumed continue where theirs stood. Raises
+        ConfigError that names every difference that would change the numbers, unless `force`; FormatError for damaged
+        checkpoints.
+        """
+        folder = Path(folder)
+        if (folder / "checkpoint.json").exists():
+            state = read_checkpoint(folder)
+        else:
+            found = Checkpoints(folder, keep_last=1).newest()
+            if found is None:
+                raise FormatError(f"{folder}: no checkpoint there")
+            state, checkpoints = found.state, checkpoints or folder
+        saved = {name: structure(c, TrainConfig, where="checkpoint") for name, c in state["configs"].items()}
+        saes = {name: _new_sae(learner, device) for name, learner in state["learners"].items()}
+        one = saes[""] if list(saes) == [""] else saes
+        trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints)
+        trainer.load_state_dict(state, force=force)
+        return trainer
+
+    def load_state_dict(self, state: Mapping[str, Any], *, force: bool = False) -> None:
+        """Go on with a saved state; call it before the first step. Raises ConfigError as `resume` does."""
+        if self.steps or self._ended:
+            raise ConfigError("a state is loaded into a new trainer, before its first step")
+        if list(state["learners"]) != list(self.learners):
+            raise ConfigError(
+                f"the checkpoint holds the SAEs {list(state['learners'])}, this trainer {list(self.learners)}"
+            )
+        found = [
+            *(
+                line
+                for name in self.learners
+                for line in differences(state["initial"][name], self._initial[name], _joined("sae", name))
+            ),
+            *differences(state["facts"], self._facts(), ""),
+        ]
+        if state["stream"] is None:
+            found.append("the source's place was not saved, as its iterator has no state_dict and load_state_dict")
+        elif not self.stream.resumable:
+            found.append("the source's iterator has no load_state_dict")
+        if found and not force:
+            raise ConfigError(
+                "going on would not give the numbers of the run that was saved: " + "; ".join(found) + ". "
+                "Restore what differs, or force it"
+            )
+        for name, learner in self.learners.items():
+            learner.load_state_dict(state["learners"][name])
+        self._initial = dict(state["initial"])
+        self.dropped = dict(state["dropped"])
+        if state["stream"] is not None and self.stream.resumable:
+            self.stream.load_state_dict(state["stream"])
+        for name, each in self.loggers.items():
+            _restore_loggers(each, state["loggers"].get(name, []))
+        self._saved_at = (self.samples, time.monotonic())
+
+    # Parts of the loop.
+
+    def _active(self) -> list[str]:
+        return [name for name, each in self.learners.items() if not each.finished and name not in self.dropped]
+
+    def _initialise(self, bar: Any) -> None:
+        waiting = [each for each in self.learners.values() if each.steps == 0 and each.looks_ahead]
+        if not waiting:
+            return
+        most = max(each.config.init_samples for each in waiting)
+        width = waiting[0].sae.d_in
+
+        def enough(batches: Sequence[Batch]) -> bool:
+            rows = sum(rows_of(batch, width) for batch in batches)
+            bar.set_postfix_str(f"looking at the first samples, {rows:,} of {most:,}", refresh=True)
+            return rows >= most
+
+        first = self.stream.peek(enough)
+        bar.set_postfix_str("starting b_dec and the normalisation", refresh=True)
+        for learner in waiting:
+            learner.initialise(first)
+        bar.set_postfix_str("")
+
+    def _loop(self, bar: Any) -> None:
+        while (active := self._active()) and not self._stop:
+            batch = next(self.stream, None)
+            if batch is None:
+                return
+            before = self.samples
+            try:
+                for name in active:
+                    self._step(name, batch)
+            except DataError:
+                if self.samples == before:
+                    self.stream.put_back(batch)
+                raise
+            if self._checkpoint_is_due():
+                self.checkpoint()
+            bar.update(self.samples - before)
+            self._show(bar)
+
+    def _step(self, name: str, batch: Batch) -> StepOutput:
+        learner = self.learners[name]
+        output = learner.step(batch)
+        due = learner.steps % learner.config.log_every_steps == 0 or learner.finished
+        record = self._flush(name) if due else None
         for callback in self.callbacks:
-            callback(Progress(self, output, record))
+            callback(Progress(self, learner, output, record, name))
         return output
 
-    def _batches(self) -> Iterator[Tensor | ActivationBatch]:
-        if isinstance(self.source, ActivationSource):
-            return iter(self.source.batches(self.config.batch_size))
-        return iter(self.source)
-
-    def _initialise(self, batches: Iterator[Tensor | ActivationBatch]) -> Iterator[Tensor | ActivationBatch]:
-        """Look at the first samples, start b_dec and the normalisation from them, and give them back to be trained on."""
-        wants_b_dec = self.config.init_b_dec != "zeros" and self.sae.reconstructs_input and self.steps == 0
-        if self.sae.normalization.fitted and not wants_b_dec:
-            return batches
-        first: list[Tensor | ActivationBatch] = []
-        rows: list[Tensor] = []
-        while sum(len(part) for part in rows) < self.config.init_samples:
-            batch = next(batches, None)
-            if batch is None:
-                break
-            first.append(batch)
-            seen = sum(len(part) for part in rows)
-            rows.append(self._placed(batch, seen).inputs.reshape(-1, self.sae.d_in).to(self.sae.dtype))
-        if rows:
-            x_RD = torch.cat(rows)
-            if not self.sae.normalization.fitted:
-                self.sae.normalization.fit([x_RD])
-            if wants_b_dec:
-                z_RD = self.sae.prepare(x_RD).z
-                median = self.config.init_b_dec == "geometric_median"
-                with torch.no_grad():
-                    self.sae.b_dec.copy_(geometric_median(z_RD) if median else z_RD.mean(0))
-        return itertools.chain(first, batches)
-
-    def _placed(self, batch: Tensor | ActivationBatch, first_sample: int | None = None) -> ActivationBatch:
-        """The batch on the SAE's device, checked, and no longer than what is left to train on."""
-        if not isinstance(batch, ActivationBatch):
-            batch = ActivationBatch(batch)
-        start = self.samples if first_sample is None else first_sample
-        where = f"step {self.steps}" if first_sample is None else "initialisation"
-        inputs = self._checked(batch.inputs, self.sae.d_in, start, f"{where}, samples from {start}: inputs")
-        targets = None
-        if batch.targets is not None:
-            targets = self._checked(batch.targets, self.sae.d_out, start, f"{where}, samples from {start}: targets")
-        left = self.config.total_samples - start
-        if inputs.dim() == 2 and 0 < left < inputs.shape[0]:
-            inputs, targets = inputs[:left], None if targets is None else targets[:left]
-        return ActivationBatch(inputs, targets)
-
-    def _checked(self, part: object, width: int, start: int, name: str) -> Tensor:
-        """`part` on the SAE's device; DataError for what cannot be trained on.
-
-        On the host, values are checked at once. On a device, looking would mean waiting for it: a bad value there is noted,
-        the optimiser skips this and all later steps, and the next flush raises the error.
-        """
-        if not isinstance(part, Tensor) or not part.is_floating_point():
-            kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
-            raise DataError(f"{name}: floating point activations are needed, found {kind}")
-        joined = part.shape[-2:].numel() if part.dim() > 2 else 0  # attention heads, which the SAE joins
-        if part.dim() < 2 or (part.shape[-1] != width and joined != width):
-            raise DataError(f"{name}: shape {tuple(part.shape)}, but rows of width {width} are needed")
-        if part.numel() == 0:
-            raise DataError(f"{name}: shape {tuple(part.shape)} holds no activations")
-        if part.device.type == "cpu":
-            check_batch(part, start, name)
-            return part.to(self.sae.device, non_blocking=True)
-        self._bad_since = self._first_bad(part, start)
-        return part.to(self.sae.device).nan_to_num(0.0, 0.0, 0.0)
-
-    @torch.no_grad()
-    def _first_bad(self, part: Tensor, start: int) -> Tensor:
-        """The number of the first sample of the first bad batch so far, or -1, on the device."""
-        bad = ~torch.isfinite(part).all()
-        since = torch.full((), -1, device=part.device) if self._bad_since is None else self._bad_since
-        since = torch.where(bad & (since < 0), start, since)
-        self.optimizer.found_inf = (since >= 0).float().to(self.sae.device)  # pyright: ignore[reportAttributeAccessIssue] - read by fused Adam, which then skips the step
-        return since
-
-    def _flush(self) -> Record | None:
-        means = self._window.flush()
-        if not means:
+    def _flush(self, name: str) -> Record | None:
+        if name in self.dropped:
             return None
-        if self._bad_since is not None and int(self._bad_since) >= 0:
-            raise DataError(
-                f"NaN or infinite activations in the batch that starts at sample {int(self._bad_since)}; "
-                "no step was taken with it or after it"
-            )
-        if not all(
-            value == value and abs(value) != float("inf") for key, value in means.items() if key.startswith("loss")
-        ):
-            raise DataError(
-                f"step {self.steps}: the loss is {means['loss']}; training diverged within the last "
-                f"{self.config.log_every_steps} steps. Lower lr ({self.config.lr}) or check the scale of the activations"
-            )
-        self._density = means["l0"] / self.sae.d_sae
-        dead = self._dead.indices()
-        record: Record = {
-            "step": self.steps,
-            "samples": self.samples,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **means,
-            "dead_fraction": 0.0 if dead is None else dead.numel() / self.sae.d_sae,
-        }
-        self.history.append(record)
-        for logger in self.loggers:
-            logger.log(record)
+        try:
+            record = self.learners[name].flush()
+        except DivergedError as error:
+            if len(self.learners) - len(self.dropped) == 1:
+                raise
+            self.dropped[name] = str(error)
+            return None
+        if record is not None:
+            for logger in self.loggers[name]:
+                logger.log(record)
         return record
+
+    def _checkpoint_is_due(self) -> bool:
+        if self._checkpoints is None:
+            return False
+        samples, clock = self._saved_at
+        every, minutes = self._shared.checkpoint_every_samples, self._shared.checkpoint_every_minutes
+        if minutes is not None and time.monotonic() - clock >= 60 * minutes:
+            return True
+        if every is None:
+            return False
+        size = max(samples_of(every, self._shared.total_samples), 1)
+        return self.samples // size > samples // size
+
+    def _end(self) -> None:
+        self._ended = not self._stop
+        for learner in self.learners.values():
+            learner.sae.eval()
+        memory.forget()
+        if self._ended:
+            for logger in {id(logger): logger for each in self.loggers.values() for logger in each}.values():
+                logger.close()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "source": source_facts(self.source),
+            "train": {name: config_facts(each.config) for name, each in self.learners.items()},
+            "versions": {name: version_facts(each.sae) for name, each in self.learners.items()},
+        }
 
     def _progress_bar(self) -> Any:
         from tqdm.auto import tqdm
 
         return tqdm(
-            total=self.config.total_samples,
+            total=max(each.config.total_samples for each in self.learners.values()),
             initial=self.samples,
             unit="sample",
             unit_scale=True,
-            disable=not self.config.progress_bar,
+            disable=not self._shared.progress_bar,
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
         )
 
     def _show(self, bar: Any) -> None:
-        if self.history and self.steps % self.config.log_every_steps == 0:
-            last = self.history[-1]
-            bar.set_postfix_str(f"L0 {last['l0']:.1f} EV {last['explained_variance']:.3f}", refresh=False)
+        learner = next(iter(self.learners.values()))
+        if learner.history and learner.steps % learner.config.log_every_steps == 0:
+            last = learner.history[-1]
+            shown = {"L0": (last["l0"], ".1f"), "EV": (last["explained_variance"], ".3f")}
+            bar.set_postfix_str(
+                " ".join(f"{name} {value:{form}}" for name, (value, form) in shown.items() if value is not None),
+                refresh=False,
+            )
 
-    def _record_provenance(self) -> None:
+    def _record_provenance(self, name: str) -> None:
         """Keep with the SAE what it was trained on and how."""
+        learner = self.learners[name]
         if isinstance(self.source, HasMetadata):
-            self.sae.metadata.update(self.source.metadata())
-        from sae_core.config import unstructure
-
-        ours = self.sae.metadata.setdefault("sae_core", {})
-        ours["training"] = {"samples": self.samples, "steps": self.steps, "train_config": unstructure(self.config)}
-        if self.history:
-            last = self.history[-1]
+            learner.sae.metadata.update(self.source.metadata())
+        ours = learner.sae.metadata.setdefault("sae_core", {})
+        ours["training"] = {
+            "samples": learner.samples,
+            "steps": learner.steps,
+            "train_config": unstructure(learner.config),
+        }
+        if learner.history:
+            last = learner.history[-1]
             ours["training"]["final"] = {
-                key: last[key]
-                for key in ("loss", "explained_variance", "l0", "dead_fraction")
-                if last[key] == last[key]
+                key: last[key] for key in ("loss", "explained_variance", "l0", "dead_fraction") if last[key] is not None
             }
 
 
-@torch.no_grad()
-def geometric_median(x_RD: Tensor, iterations: int = 50, tolerance: float = 1e-6) -> Tensor:
-    """The point with the least summed distance to all rows, by Weiszfeld's iteration.
-
-    >>> geometric_median(torch.tensor([[0.0], [0.0], [0.0], [100.0]])).abs().item() < 1e-2
-    True
-    """
-    centre = x_RD.mean(0)
-    spread = (x_RD - centre).norm(dim=-1).mean().clamp_min(torch.finfo(x_RD.dtype).tiny)
-    for _ in range(iterations):
-        weights = 1 / (x_RD - centre).norm(dim=-1).clamp_min(1e-6 * spread)
-        moved = (weights @ x_RD) / weights.sum()
-        if bool((moved - centre).norm() <= tolerance * spread):
-            return moved
-        centre = moved
-    return centre
+def _of_name(by_name: Mapping[str, Any], name: str) -> Any:
+    if name not in by_name:
+        raise ConfigError(f"nothing is given for the SAE {name!r}, only for {', '.join(map(repr, by_name))}")
+    return by_name[name]
 
 
-@torch.no_grad()
-def _store_latent_major(sae: SAE) -> None:
-    """Give encoders the memory layout in which a latent's column is contiguous; values do not change."""
-    for name, parameter in sae.named_parameters():
-        if name == "W_enc" and not parameter.t().is_contiguous():
-            parameter.data = parameter.data.t().contiguous().t()
+def _shared_settings(configs: Mapping[str, TrainConfig]) -> TrainConfig:
+    """Any of them, after checking that they agree where they share the stream."""
+    first, *others = configs.values()
+    for field_name in ("batch_size", "checkpoint_every_samples", "checkpoint_every_minutes", "keep_last"):
+        values = {getattr(config, field_name) for config in (first, *others)}
+        require(len(values) == 1, f"{field_name}: SAEs on one stream share it, found {sorted(map(str, values))}")
+    return first
+
+
+def _quoted(name: str) -> str:
+    return f"SAE {name!r}: " if name else ""
+
+
+def _joined(what: str, name: str) -> str:
+    return f"{what}.{name}" if name else what
+
+
+def _new_sae(learner: Mapping[str, Any], device: str | torch.device) -> SAE:
+    return create(learner["architecture"], device=device, dtype=learner["dtype"], **learner["sae_config"])
+
+
+def _restore_loggers(loggers: Sequence[Logger], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Give every logger that can be resumed the state of the first one of its class that is left."""
+    left = list(saved)
+    for logger in loggers:
+        state = next((each for each in left if each["class"] == type(logger).__qualname__), None)
+        if state is not None and isinstance(logger, Resumable):
+            left.remove(cast("Any", state))
+            logger.load_state_dict(state["state"])

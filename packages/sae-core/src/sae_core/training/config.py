@@ -1,0 +1,85 @@
+"""`TrainConfig`: how to train, as run files and Python say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sae_core.config import option, require
+
+__all__ = ["TrainConfig", "samples_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Numbers of samples that say "or a fraction" take a whole number of samples, or a float in [0, 1) of `total_samples`.
+    """
+
+    total_samples: int = option(help="samples (activation vectors) to train on")
+    batch_size: int = option(default=2048, help="samples in a step")
+    lr: float = option(default=3e-4, help="peak learning rate of Adam")
+    lr_warmup_samples: int | float = option(
+        default=0, help="samples, or a fraction of the run, over which the learning rate rises linearly from 0"
+    )
+    lr_decay_samples: int | float = option(
+        default=0, help="samples, or a fraction of the run, at the end over which it falls linearly to 0"
+    )
+    adam_beta1: float = option(default=0.9, help="Adam's decay of the gradient mean")
+    adam_beta2: float = option(default=0.999, help="Adam's decay of the squared-gradient mean")
+    grad_clip_norm: float | None = option(default=1.0, help="largest gradient norm; null does not clip")
+    dead_after_samples: int | float = option(
+        default=1_000_000, help="a latent is dead when it has not fired for this many samples, or fraction of the run"
+    )
+    dead_refresh_steps: int = option(default=10, help="steps between refreshes of the set of dead latents")
+    log_every_steps: int = option(default=50, help="steps between records")
+    init_samples: int = option(
+        default=16_384,
+        help="samples looked at before training, for b_dec and the input normalisation; they are then used",
+    )
+    init_b_dec: Literal["zeros", "mean", "geometric_median"] = option(
+        default="geometric_median", help="where b_dec starts, estimated from init_samples"
+    )
+    encoder_product: Literal["full", "bfloat16"] = option(
+        default="full",
+        help="precision of the large encoder product; bfloat16 is faster and may change which latents are chosen",
+    )
+    checkpoint_every_samples: int | float | None = option(
+        default=None, help="samples, or a fraction of the run, between checkpoints; null goes by minutes alone"
+    )
+    checkpoint_every_minutes: float | None = option(
+        default=10.0, help="minutes between checkpoints, where they have a folder; null goes by samples alone"
+    )
+    keep_last: int = option(default=2, help="checkpoints kept; older ones are removed")
+    progress_bar: bool = option(default=True, help="show a progress bar on stderr")
+
+    def __post_init__(self) -> None:
+        for name in ("total_samples", "batch_size", "dead_after_samples", "dead_refresh_steps", "log_every_steps"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("lr_warmup_samples", "lr_decay_samples", "dead_after_samples", "checkpoint_every_samples"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, float) or 0 <= value < 1,
+                f"{name} is a whole number of samples, or a fraction of the run below 1, not {value}",
+            )
+        for name in ("lr_warmup_samples", "lr_decay_samples"):
+            value = getattr(self, name)
+            require(0 <= value <= self.total_samples, f"{name} must lie in [0, total_samples], not {value}")
+        require(self.lr > 0, f"lr must be positive, not {self.lr}")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("grad_clip_norm", "checkpoint_every_samples", "checkpoint_every_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive or null, not {value}")
+        require(self.init_samples > 0, f"init_samples must be positive, not {self.init_samples}")
+        require(self.keep_last > 0, f"keep_last must be positive, not {self.keep_last}")
+
+
+def samples_of(amount: int | float, total: int) -> int:
+    """`amount` in samples: itself, or as a fraction of `total`.
+
+    >>> samples_of(500, total=2000), samples_of(0.25, total=2000)
+    (500, 500)
+    """
+    return round(amount * total) if isinstance(amount, float) else amount

@@ -1,0 +1,97 @@
+"""What decides the numbers of a run besides its state: who made the source, with which settings, and which code ran.
+
+`facts` collects it as plain data when a checkpoint is written; `differences` compares it with what is there when training is
+to go on, and names what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sae_core.config import unstructure
+from sae_core.protocols import ActivationSource, HasMetadata
+from sae_core.sae import SAE
+from sae_core.training.config import TrainConfig
+
+__all__ = ["MAY_CHANGE", "absolute_paths", "config_facts", "differences", "source_facts", "version_facts"]
+
+MAY_CHANGE = (
+    "total_samples", "lr", "lr_warmup_samples", "lr_decay_samples", "grad_clip_norm", "log_every_steps",
+    "checkpoint_every_samples", "checkpoint_every_minutes", "keep_last", "progress_bar",
+)  # fmt: skip
+"""Fields of `TrainConfig` that may differ when a run goes on; they count from there."""
+
+
+def source_facts(source: object) -> dict[str, Any]:
+    """The source as data: its class, its config, its width, and what it says about itself."""
+    facts: dict[str, Any] = {"class": f"{type(source).__module__}.{type(source).__qualname__}"}
+    config = getattr(source, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        facts["config"] = unstructure(absolute_paths(config))
+    if isinstance(source, ActivationSource):
+        facts["d_in"] = source.d_in
+    if isinstance(source, HasMetadata):
+        facts["metadata"] = _plain(source.metadata())
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        facts["batches"] = len(cast("Sequence[Any]", source))
+    return facts
+
+
+def config_facts(config: TrainConfig) -> dict[str, Any]:
+    """The settings of training that must stay."""
+    return {name: value for name, value in unstructure(config).items() if name not in MAY_CHANGE}
+
+
+def version_facts(sae: SAE) -> dict[str, Any]:
+    """The versions of the code that computes the numbers."""
+    from sae_core import __version__
+    from sae_core.plugins import get_registry
+
+    provider = get_registry().provider_of("architecture", type(sae))
+    return {
+        "sae-core": __version__,
+        "torch": torch.__version__,
+        sae.architecture: f"{provider.distribution} {provider.version}",
+    }
+
+
+def differences(saved: Any, now: Any, path: str) -> Iterator[str]:
+    """What differs, one sentence each.
+
+    >>> list(differences({"seed": 0, "k": 3}, {"seed": 1, "k": 3}, "source"))
+    ['source.seed was 0, is now 1']
+    """
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        before, after = cast("Mapping[str, Any]", saved), cast("Mapping[str, Any]", now)
+        for key in {**before, **after}:
+            yield from differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif saved != now:
+        yield f"{path} was {saved!r}, is now {now!r}"
+
+
+def absolute_paths(config: Any) -> Any:
+    """The config dataclass with every `Path` in it made absolute, so that it means the same from any directory."""
+    if isinstance(config, Path):
+        return config.absolute()
+    if isinstance(config, list | tuple):
+        return type(config)(absolute_paths(item) for item in cast("list[Any]", config))
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        changed = {
+            field.name: absolute_paths(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if field.init
+        }
+        return dataclasses.replace(config, **changed)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON."""
+    import json
+
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,345 @@
+"""`Learner`: all that training keeps for one dictionary, and one optimiser step of it.
+
+Everything that decides what comes next lives here and in the stream of batches: weights, Adam's moments, the sums of the
+running window, how long each latent has been silent, the set of dead latents as it was last looked at, the density from
+which ops choose their form. `state_dict` holds all of it, so that a run can be interrupted anywhere between two steps and
+go on with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from sae_core.config import structure, unstructure
+from sae_core.data.stream import Batch, rows_of
+from sae_core.errors import DataError, FormatError
+from sae_core.protocols import ActivationBatch
+from sae_core.sae import SAE, StepContext, StepOutput
+from sae_core.training import row_blocks
+from sae_core.training.config import TrainConfig, samples_of
+from sae_core.training.monitor import DeadLatents, Window, check_batch
+from sae_core.training.optimizer import clipped_step, contiguous_views, drop_gradients
+from sae_core.training.schedules import learning_rate_factor
+
+__all__ = ["DivergedError", "Learner", "Record", "geometric_median"]
+
+Record = dict[str, float | None]
+"""One flush: step, samples, lr, loss and its terms, and what is measured; None for what is not known yet."""
+
+_FAR_BELOW_ZERO = -10.0
+_ERROR_GREW = 10.0
+
+
+class DivergedError(DataError):
+    """Training made the dictionary worse than useless; its weights are not worth keeping."""
+
+
+@final
+class Learner:
+    """One dictionary in training: `sae`, its `config`, `optimizer`, `samples` and `steps` done, `history` of records."""
+
+    def __init__(self, sae: SAE, config: TrainConfig) -> None:
+        self.sae = sae
+        self.config = config
+        self.samples = 0
+        self.steps = 0
+        self.history: list[Record] = []
+        _store_latent_major(sae)
+        self._parameters = contiguous_views(sae.parameters())
+        self.optimizer = torch.optim.Adam(
+            [contiguous for _, contiguous in self._parameters],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            fused=True,
+        )
+        self.window = Window(sae.d_out, sae.d_sae, sae.device)
+        self.dead = DeadLatents(sae.d_sae, samples_of(config.dead_after_samples, config.total_samples), sae.device)
+        self.density: float | None = None
+        self._dead_indices: Tensor | None = None
+        self._bad_since: Tensor | None = None
+        self._first_error: Tensor | None = None
+        self._best_error = math.inf
+
+    @property
+    def finished(self) -> bool:
+        """Whether `total_samples` have been trained on."""
+        return self.samples >= self.config.total_samples
+
+    # Before the first step.
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `initialise` wants to see the first samples."""
+        return not self.sae.normalization.fitted or self._wants_b_dec
+
+    def initialise(self, first: Sequence[Batch]) -> None:
+        """Start b_dec and the normalisation from the first batches, which are trained on afterwards."""
+        rows: list[Tensor] = []
+        seen = 0
+        for batch in first:
+            if seen >= self.config.init_samples:
+                break
+            inputs = self._placed(batch, seen).inputs.reshape(-1, self.sae.d_in)
+            rows.append(inputs.to(self.sae.dtype))
+            seen += inputs.shape[0]
+        if rows:
+            _start_from(self.sae, torch.cat(rows), self.config.init_b_dec if self._wants_b_dec else "zeros")
+
+    # Steps.
+
+    def step(self, batch: Batch) -> StepOutput:
+        """One optimiser step on one batch, cut to what is left of `total_samples`."""
+        placed = self._placed(batch)
+        if self.steps == 0:
+            self._announce(placed)
+        self.sae.train()
+        if self.steps % self.config.dead_refresh_steps == 0:
+            self._dead_indices = self.dead.indices()
+        context = self._context(self._dead_indices)
+        rows = rows_of(placed, self.sae.d_in)
+        self._set_learning_rate(rows)
+        drop_gradients(self._parameters)
+        output = row_blocks.training_step(self.sae, placed, context)
+        output.loss.backward()
+        clipped_step(self.optimizer, self._parameters, self.config.grad_clip_norm)
+        self.sae.after_step()
+        self.window.add(output)
+        self.dead.add(output)
+        if self.steps == 0:
+            self._first_error = _error(output)
+        self.samples += rows
+        self.steps += 1
+        return output
+
+    def flush(self) -> Record | None:
+        """The record of the steps since the last flush; None when there were none.
+
+        Raises DataError for bad values that came on a device, DivergedError when the steps did harm.
+        """
+        means = self.window.flush()
+        if not means:
+            return None
+        if self._bad_since is not None and int(self._bad_since) >= 0:
+            raise DataError(
+                f"NaN or infinite activations in the batch that starts at sample {int(self._bad_since)}; "
+                "no step was taken with it or after it"
+            )
+        error = means.pop("residual") or 0.0
+        self._check_progress(means, error)
+        l0, dead = means["l0"], self.dead.indices()
+        self.density = None if l0 is None else l0 / self.sae.d_sae
+        known = self.samples > self.dead.after  # before, none can be dead, which says nothing
+        record: Record = {
+            "step": self.steps,
+            "samples": self.samples,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **means,
+            "dead_fraction": (0 if dead is None else dead.numel()) / self.sae.d_sae if known else None,
+        }
+        self.history.append(record)
+        return record
+
+    # The whole state.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on."""
+        names = [name for name, _ in self.sae.named_parameters()]
+        moments = {
+            name: dict(self.optimizer.state.get(view.contiguous, {}))
+            for name, view in zip(names, self._parameters, strict=True)
+        }
+        return {
+            "architecture": self.sae.architecture,
+            "sae_config": unstructure(self.sae.config),
+            "dtype": str(self.sae.dtype).removeprefix("torch."),
+            "metadata": self.sae.metadata,
+            "weights": {**self.sae.state_dict(), **dict(self.sae.named_buffers())},
+            "optimizer": moments,
+            "window": self.window.state_dict(),
+            "silent_samples": self.dead.samples_since_fired,
+            "dead": self._dead_indices,
+            "density": self.density,
+            "bad_since": self._bad_since,
+            "first_error": self._first_error,
+            "best_error": self._best_error,
+            "samples": self.samples,
+            "steps": self.steps,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a saved state. Raises FormatError where it belongs to another dictionary."""
+        self.sae.config = structure(state["sae_config"], type(self.sae.config), where="checkpoint")
+        self.sae.metadata = dict(state["metadata"])
+        self._load_weights(state["weights"])
+        device = self.sae.device
+        for (name, _), view in zip(self.sae.named_parameters(), self._parameters, strict=True):
+            saved = state["optimizer"].get(name, {})
+            if saved:
+                self.optimizer.state[view.contiguous] = {key: value.to(device) for key, value in saved.items()}
+        self.window.load_state_dict(state["window"])
+        self.dead.samples_since_fired.copy_(state["silent_samples"])
+        self._dead_indices, self._bad_since, self._first_error = (
+            None if state[key] is None else state[key].to(device) for key in ("dead", "bad_since", "first_error")
+        )
+        self.density, self._best_error = state["density"], state["best_error"]
+        self.samples, self.steps, self.history = state["samples"], state["steps"], list(state["history"])
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        persistent = set(self.sae.state_dict())
+        try:
+            self.sae.load_state_dict({name: tensor for name, tensor in weights.items() if name in persistent})
+        except RuntimeError as error:
+            raise FormatError(f"the checkpoint's weights are not those of this dictionary: {error}") from None
+        buffers = dict(self.sae.named_buffers())
+        for name in set(weights) - persistent:
+            if name not in buffers:
+                raise FormatError(f"the checkpoint has a tensor {name!r} that this dictionary has not")
+            buffers[name].copy_(weights[name])
+
+    # Parts of a step.
+
+    @property
+    def _wants_b_dec(self) -> bool:
+        return self.config.init_b_dec != "zeros" and self.sae.reconstructs_input and self.steps == 0
+
+    def _context(self, dead: Tensor | None) -> StepContext:
+        return StepContext(
+            progress=min(self.samples / self.config.total_samples, 1.0),
+            dead=dead,
+            density=self.density,
+            product_dtype=torch.bfloat16 if self.config.encoder_product == "bfloat16" else None,
+        )
+
+    def _set_learning_rate(self, rows: int) -> None:
+        total = self.config.total_samples
+        factor = learning_rate_factor(
+            self.samples + rows,
+            total=total + rows,
+            warmup=samples_of(self.config.lr_warmup_samples, total),
+            decay=samples_of(self.config.lr_decay_samples, total),
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+
+    @torch.no_grad()
+    def _announce(self, batch: ActivationBatch) -> None:
+        """Have the objective name all its terms once, that of dead latents included."""
+        was = self.sae.training
+        few = ActivationBatch(batch.inputs[:2], None if batch.targets is None else batch.targets[:2])
+        self.sae.eval()  # running statistics stay as they are
+        self.window.announce(
+            self.sae.training_step(few, self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device)))
+        )
+        self.sae.train(was)
+
+    def _placed(self, batch: Batch, first_sample: int | None = None) -> ActivationBatch:
+        """The batch on the SAE's device, checked, and no longer than what is left to train on."""
+        if not isinstance(batch, ActivationBatch):
+            batch = ActivationBatch(batch)
+        start = self.samples if first_sample is None else first_sample
+        where = f"step {self.steps}" if first_sample is None else "initialisation"
+        inputs = self._checked(batch.inputs, self.sae.d_in, start, f"{where}, samples from {start}: inputs")
+        targets = None
+        if batch.targets is not None:
+            targets = self._checked(batch.targets, self.sae.d_out, start, f"{where}, samples from {start}: targets")
+        left = self.config.total_samples - start
+        rows = inputs.numel() // self.sae.d_in
+        if 0 < left < rows:  # whole sequences stay whole
+            keep = math.ceil(left * inputs.shape[0] / rows)
+            inputs, targets = inputs[:keep], None if targets is None else targets[:keep]
+        return ActivationBatch(inputs, targets)
+
+    def _checked(self, part: object, width: int, start: int, name: str) -> Tensor:
+        """`part` on the SAE's device; DataError for what cannot be trained on.
+
+        On the host, values are checked at once. On a device, looking would mean waiting for it: a bad value there is noted,
+        the optimiser skips this and all later steps, and the next flush raises the error.
+        """
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
+            raise DataError(f"{name}: floating point activations are needed, found {kind}")
+        joined = part.shape[-2:].numel() if part.dim() > 2 else 0  # attention heads, which the SAE joins
+        if part.dim() < 2 or (part.shape[-1] != width and joined != width):
+            raise DataError(f"{name}: shape {tuple(part.shape)}, but rows of width {width} are needed")
+        if part.numel() == 0:
+            raise DataError(f"{name}: shape {tuple(part.shape)} holds no activations")
+        if part.device.type == "cpu":
+            check_batch(part, start, name)
+            return part.to(self.sae.device, non_blocking=True)
+        self._bad_since = self._first_bad(part, start)
+        return part.to(self.sae.device).nan_to_num(0.0, 0.0, 0.0)
+
+    @torch.no_grad()
+    def _first_bad(self, part: Tensor, start: int) -> Tensor:
+        """The number of the first sample of the first bad batch so far, or -1, on the device."""
+        bad = ~torch.isfinite(part).all()
+        since = torch.full((), -1, device=part.device) if self._bad_since is None else self._bad_since
+        since = torch.where(bad & (since < 0), start, since)
+        self.optimizer.found_inf = (since >= 0).float().to(self.sae.device)  # pyright: ignore[reportAttributeAccessIssue] - read by fused Adam, which then skips the step
+        return since
+
+    def _check_progress(self, means: Mapping[str, float | None], error: float) -> None:
+        """Raise DivergedError when the losses are not finite, or the dictionary is far worse than at its best and useless."""
+        within = f"within the last {self.config.log_every_steps} steps"
+        advice = f"Lower lr ({self.config.lr}) or check the scale of the activations"
+        losses = [value for name, value in means.items() if name.startswith("loss") and value is not None]
+        if not all(map(math.isfinite, losses)):
+            raise DivergedError(f"step {self.steps}: the loss is {means['loss']}; training diverged {within}. {advice}")
+        if self._first_error is not None:
+            self._best_error = min(self._best_error, float(self._first_error))
+            self._first_error = None
+        variance = means["explained_variance"]
+        if variance is not None and variance < _FAR_BELOW_ZERO and error > _ERROR_GREW * self._best_error:
+            raise DivergedError(
+                f"step {self.steps}: the squared error grew from {self._best_error:.3g} to {error:.3g} a sample and "
+                f"explained variance is {variance:.3g}; training diverged {within}. {advice}"
+            )
+        self._best_error = min(self._best_error, error)
+
+
+def _error(output: StepOutput) -> Tensor:
+    """The squared error of a row, on the device."""
+    residual = output.reconstruction.detach() - output.target
+    return residual.double().square().sum() / residual.shape[0]
+
+
+@torch.no_grad()
+def _start_from(sae: SAE, x_RD: Tensor, b_dec: Literal["zeros", "mean", "geometric_median"]) -> None:
+    """Fit the normalisation to rows unless it is fitted, and put b_dec in their middle unless it stays at zero."""
+    if not sae.normalization.fitted:
+        sae.normalization.fit([x_RD])
+    if b_dec != "zeros":
+        z_RD = sae.prepare(x_RD).z
+        sae.b_dec.copy_(geometric_median(z_RD) if b_dec == "geometric_median" else z_RD.mean(0))
+
+
+@torch.no_grad()
+def geometric_median(x_RD: Tensor, iterations: int = 50, tolerance: float = 1e-6) -> Tensor:
+    """The point with the least summed distance to all rows, by Weiszfeld's iteration.
+
+    >>> geometric_median(torch.tensor([[0.0], [0.0], [0.0], [100.0]])).abs().item() < 1e-2
+    True
+    """
+    centre = x_RD.mean(0)
+    spread = (x_RD - centre).norm(dim=-1).mean().clamp_min(torch.finfo(x_RD.dtype).tiny)
+    for _ in range(iterations):
+        weights = 1 / (x_RD - centre).norm(dim=-1).clamp_min(1e-6 * spread)
+        moved = (weights @ x_RD) / weights.sum()
+        if bool((moved - centre).norm() <= tolerance * spread):
+            return moved
+        centre = moved
+    return centre
+
+
+@torch.no_grad()
+def _store_latent_major(sae: SAE) -> None:
+    """Give encoders the memory layout in which a latent's column is contiguous; values do not change."""
+    for name, parameter in sae.named_parameters():
+        if name == "W_enc" and not parameter.t().is_contiguous():
+            parameter.data = parameter.data.t().contiguous().t()
