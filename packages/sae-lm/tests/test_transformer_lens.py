@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sae_core import create
 from sae_core.config import structure
 from sae_core.errors import ConfigError, MissingDependencyError
+from sae_lm import attach, spliced, steer
 from sae_lm.evaluate import evaluate_candidates
 from sae_lm.model import load
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
@@ -68,3 +72,58 @@ def test_settings_that_a_hooked_transformer_cannot_follow_are_refused() -> None:
         load("gpt2", model_class="HookedTransformer", dtype="auto")
     with pytest.raises(ConfigError, match="brings its own"):
         load("gpt2", model_class="HookedTransformer", tokenizer="gpt2")
+
+
+def bridge_model() -> Any:
+    """TransformerLens 3's bridge around a tiny GPT-2 of transformers; not trained, and nothing is downloaded."""
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=3, n_head=2, n_positions=32, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return bridge.TransformerBridge.boot_transformers(folder, device="cpu", hf_model=model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [hooked_model, bridge_model])
+def test_dictionaries_are_spliced_under_transformer_lens_names(build: Callable[[], Any]) -> None:
+    model = build()
+    tokens = torch.randint(3, 259, (2, 8), generator=torch.Generator().manual_seed(0))
+    sae = create("topk", d_in=16, d_sae=32, k=4, seed=0, decoder_init_norm=1.0).eval()
+    sae.metadata = {"hook_name": "blocks.1.hook_resid_post"}
+    heads = create("topk", d_in=16, d_sae=32, k=4, seed=1, reshape_activations="hook_z").eval()
+    heads.metadata = {"hook_name": "blocks.0.attn.hook_z"}
+    with torch.no_grad():
+        before, cache = model.run_with_cache(tokens)
+    x = cache["blocks.1.hook_resid_post"]
+
+    with spliced(model, sae) as seen, torch.no_grad():
+        assert not torch.equal(model(tokens), before)
+    assert torch.allclose(seen.latents["blocks.1.hook_resid_post"].to_dense(), sae.encode(x), atol=1e-5)
+    with spliced(model, [heads, sae], error_term=True) as seen, torch.no_grad():
+        assert torch.equal(model(tokens), before)
+    assert seen.latents["blocks.0.attn.hook_z"].shape == (2, 8, 32)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), before)
+    with pytest.raises(ConfigError, match=r"no module 'blocks\.1\.hook_resid_pots'"):
+        attach(model, {"blocks.1.hook_resid_pots": sae})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [hooked_model, bridge_model])
+def test_steering_reaches_every_token_that_a_transformer_lens_model_generates(build: Callable[[], Any]) -> None:
+    model = build()
+    tokens = torch.randint(3, 259, (2, 6), generator=torch.Generator().manual_seed(1))
+    sae = create("topk", d_in=16, d_sae=32, k=4, seed=0, decoder_init_norm=1.0).eval()
+    steering = steer(3, 30.0, positions=slice(5, None))
+
+    with spliced(model, {"blocks.1.hook_resid_post": sae}, error_term=True, edit=steering, keep_passes=True) as seen:
+        model.generate(tokens, max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False)
+    passes = seen.passes["blocks.1.hook_resid_post"]
+    assert [codes.shape[1] for codes in passes] == [6, 1, 1, 1, 1]
+    latent = torch.cat([codes.to_dense()[..., 3] for codes in passes], dim=1)
+    assert (latent[:, 5:] >= 30).all()
+    assert (latent[:, :5] < 30).all()

@@ -10,46 +10,70 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_lm.evaluate import Evaluation, evaluate_candidates, evaluate_sae
-    from sae_lm.hooks import HookPoint, capture, replaced
+    from sae_lm.hooks import HookPoint, capture, edited, replaced
+    from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
+    from sae_lm.splicing import Attached, Splice, attach, spliced
     from sae_lm.text import TextConfig, documents
     from sae_lm.tokens import TokenPolicy, WindowStream, preview, resolve
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attached",
+    "Edit",
     "Evaluation",
     "HookPoint",
     "HuggingFaceSource",
     "HuggingFaceSourceConfig",
+    "Splice",
     "TextConfig",
     "TokenPolicy",
     "WindowStream",
     "__version__",
+    "ablate",
+    "attach",
     "capture",
+    "clamp",
     "documents",
+    "edited",
     "evaluate_candidates",
     "evaluate_sae",
+    "keep_only",
     "preview",
     "replaced",
     "resolve",
+    "scale",
+    "spliced",
+    "steer",
 ]
 
 _HOMES = {
+    "Attached": "sae_lm.splicing",
+    "Edit": "sae_lm.latents",
     "Evaluation": "sae_lm.evaluate",
     "HookPoint": "sae_lm.hooks",
     "HuggingFaceSource": "sae_lm.source",
     "HuggingFaceSourceConfig": "sae_lm.source",
+    "Splice": "sae_lm.splicing",
     "TextConfig": "sae_lm.text",
     "TokenPolicy": "sae_lm.tokens",
     "WindowStream": "sae_lm.tokens",
+    "ablate": "sae_lm.latents",
+    "attach": "sae_lm.splicing",
     "capture": "sae_lm.hooks",
+    "clamp": "sae_lm.latents",
     "documents": "sae_lm.text",
+    "edited": "sae_lm.hooks",
     "evaluate_candidates": "sae_lm.evaluate",
     "evaluate_sae": "sae_lm.evaluate",
+    "keep_only": "sae_lm.latents",
     "preview": "sae_lm.tokens",
     "replaced": "sae_lm.hooks",
     "resolve": "sae_lm.tokens",
+    "scale": "sae_lm.latents",
+    "spliced": "sae_lm.splicing",
+    "steer": "sae_lm.latents",
 }
 
 

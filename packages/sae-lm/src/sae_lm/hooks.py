@@ -2,11 +2,12 @@
 
 A place in a model is a `HookPoint`: a module's path as `named_modules` spells it, and whether its output or its input
 is meant. `capture` runs a model and stops it at the moment the last place asked for is reached: modules after it never
-run. `replaced` lets a model run on with another tensor in that place. Modules may pass tensors, tuples or the
-dataclass-like outputs of transformers; the activation is their first float tensor, and the rest of the container is
-kept as it is.
+run. `edited` lets a model run on with other tensors in those places; it is the one way in which this project changes what
+a model computes. Modules may pass tensors, tuples or the dataclass-like outputs of transformers; the activation is their
+first float tensor, and the rest of the container is kept as it is.
 
-A module that a model runs several times in one pass counts by its first run, in both functions.
+A module that a model runs several times in one pass counts by its first run, in all functions. In models of
+TransformerLens a place is one of that library's hook names, aliases included.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, final, runtime_checkable
+from weakref import WeakKeyDictionary
 
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from torch import Tensor, nn
 
-__all__ = ["HookPoint", "capture", "find_module", "replaced"]
+__all__ = ["HookPoint", "capture", "edited", "find_module", "replaced", "watched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,22 @@ class HookPoint:
         return self.module if self.at == "output" else f"{self.module}:{self.at}"
 
 
+@runtime_checkable
+class _NamesHooks(Protocol):
+    """A model of TransformerLens."""
+
+    @property
+    def hook_dict(self) -> Mapping[str, nn.Module]: ...
+
+
 def find_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule at `path`. Raises ConfigError that lists near module paths when there is none.
 
     >>> find_module(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), "1")
     ReLU()
     """
+    if isinstance(model, _NamesHooks) and path in model.hook_dict:  # TransformerLens: its names include aliases
+        return model.hook_dict[path]
     module, reached = model, ""
     for name in path.split("."):
         children = dict(module.named_children())
@@ -100,7 +112,7 @@ def capture(
     >>> capture(layers, ["1"], tensor([[-1.0, 2.0]]))
     {'1': tensor([[0., 2.]])}
     """
-    wanted = [HookPoint.parse(point) if isinstance(point, str) else point for point in points]
+    wanted = [_parsed(point) for point in points]
     modules = [find_module(model, point.module) for point in wanted]
     found: dict[str, Tensor] = {}
     token = object()
@@ -119,7 +131,8 @@ def capture(
         for point, module in zip(wanted, modules, strict=True):
             hooks.enter_context(_hooked(module, point, receive))
         try:
-            model(*args, **kwargs)
+            with _stopped_early(model):
+                model(*args, **kwargs)
         except _Stop as stop:
             if stop.token is not token:
                 raise
@@ -130,10 +143,35 @@ def capture(
 
 
 @contextmanager
+def edited(
+    model: nn.Module, functions: Mapping[HookPoint | str, Callable[[Tensor], Tensor | None]]
+) -> Generator[Passes, None, None]:
+    """Within the context, the model goes on with ``function(activation)`` in place of the activation at each point.
+
+    A function may return None to leave the activation as it is. The context's value tells about the pass that is going on.
+    Hooks are gone afterwards, whatever happened; contexts may be nested, and end in any order. Raises ConfigError for a
+    module that is not there.
+
+    >>> layers = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Flatten())
+    >>> from torch import tensor
+    >>> with edited(layers, {"0": lambda x: -x, "2:input": lambda x: x + 1}):
+    ...     layers(tensor([[-1.0, 2.0]]))
+    tensor([[2., 1.]])
+    """
+    wanted = [(_parsed(point), function) for point, function in functions.items()]
+    modules = [find_module(model, point.module) for point, _ in wanted]
+    with ExitStack() as hooks:
+        passes = hooks.enter_context(watched(model))
+        for (point, function), module in zip(wanted, modules, strict=True):
+            hooks.enter_context(_chained(module, point, _once_a_pass(passes, function)))
+        yield passes
+
+
+@contextmanager
 def replaced(
-    model: nn.Module, point: HookPoint | str, function: Callable[[Tensor], Tensor]
+    model: nn.Module, point: HookPoint | str, function: Callable[[Tensor], Tensor | None]
 ) -> Generator[None, None, None]:
-    """Within the context, the model goes on with ``function(activation)`` in place of the activation at `point`.
+    """`edited` at one point.
 
     >>> layers = nn.Sequential(nn.Flatten(), nn.ReLU())
     >>> from torch import tensor
@@ -141,27 +179,120 @@ def replaced(
     ...     layers(tensor([[-1.0, 2.0]]))
     tensor([[1., 0.]])
     """
-    point = HookPoint.parse(point) if isinstance(point, str) else point
-    module = find_module(model, point.module)
-    done = False
+    with edited(model, {point: function}):
+        yield
 
-    def begin(*_: Any) -> None:
-        nonlocal done
-        done = False
+
+@final
+class Passes:
+    """The forward pass that a watched model is in, and how many positions its key-value cache held before it."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.cached = False
+        self.open: list[int] = []  # passes that have begun and not ended: a pass may run another inside of it
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._count = 0
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def current(self) -> int | None:
+        """The number of the pass that is going on; None outside of one."""
+        return self.open[-1] if self.open else None
+
+    def on_begin(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at the beginning of every pass."""
+        self._callbacks.append(callback)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass over these arguments begins."""
+        self._count += 1
+        self.open.append(self._count)
+        self.arguments = (args, kwargs)
+        self.see_cache(kwargs.get("past_key_values"))
+        for callback in self._callbacks:
+            callback()
+
+    def end(self) -> None:
+        """The pass is over, or failed."""
+        if self.open:
+            self.open.pop()
+
+    def see_cache(self, cache: Any) -> None:
+        """Take the offset from a cache: one of transformers, or one layer's of TransformerLens."""
+        self.cached = cache is not None
+        if isinstance(cache, _CountsPositions):
+            self.offset = int(cache.get_seq_length())
+        elif isinstance(keys := getattr(cache, "past_keys", None), Tensor):
+            self.offset = keys.shape[1]
+        else:
+            self.offset = 0
+
+
+_WATCHERS: WeakKeyDictionary[nn.Module, list[Passes]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _stopped_early(model: nn.Module) -> Generator[None, None, None]:
+    """Run a pass that may stop in its middle, and whose end the model's hooks then do not see."""
+    before = [(passes, len(passes.open)) for passes in _WATCHERS.get(model, [])]
+    try:
+        yield
+    finally:
+        for passes, depth in before:
+            del passes.open[depth:]
+
+
+@runtime_checkable
+class _CountsPositions(Protocol):
+    def get_seq_length(self) -> int: ...
+
+
+@contextmanager
+def watched(model: nn.Module) -> Generator[Passes, None, None]:
+    """Within the context, know when a forward pass of `model` begins and ends."""
+    passes = Passes()
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passes.begin(args, kwargs)
+
+    def end(*_: Any) -> None:
+        passes.end()
+
+    def block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "past_kv_cache_entry" in kwargs:
+            passes.see_cache(kwargs["past_kv_cache_entry"])
+
+    with ExitStack() as handles:
+        handles.callback(model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        handles.callback(model.register_forward_hook(end, always_call=True).remove)
+        if isinstance(model, _NamesHooks):
+            # TransformerLens generates by calling `forward` past the hooks of the model itself; its blocks see the cache.
+            blocks = dict(model.named_children()).get("blocks")
+            for first in list(blocks.children())[:1] if blocks is not None else []:
+                handles.callback(first.register_forward_pre_hook(block, with_kwargs=True).remove)
+        _WATCHERS.setdefault(model, []).append(passes)
+        handles.callback(_WATCHERS[model].remove, passes)
+        yield passes
+
+
+def _once_a_pass(passes: Passes, function: Callable[[Tensor], Tensor | None]) -> Callable[[HookPoint, Any], Any]:
+    """`function` at the first run of a module in each pass. A module that runs outside of a pass is on its own."""
+    last: int | None = None
 
     def receive(point: HookPoint, value: Any) -> Any:
-        nonlocal done
-        if done:
+        nonlocal last
+        if passes.current is not None and passes.current == last:
             return None
-        done = True
-        return _with_tensor(value, point, function(_tensor_of(value, point)))
+        last = passes.current
+        changed = function(_tensor_of(value, point))
+        return None if changed is None else _with_tensor(value, point, changed)
 
-    pass_begins = model.register_forward_pre_hook(begin)
-    try:
-        with _hooked(module, point, receive):
-            yield
-    finally:
-        pass_begins.remove()
+    return receive
+
+
+def _parsed(point: HookPoint | str) -> HookPoint:
+    return HookPoint.parse(point) if isinstance(point, str) else point
 
 
 class _Stop(BaseException):
@@ -174,7 +305,7 @@ class _Stop(BaseException):
 
 @contextmanager
 def _hooked(
-    module: nn.Module, point: HookPoint, receive: Callable[[HookPoint, Any], Any]
+    module: nn.Module, point: HookPoint, receive: Callable[[HookPoint, Any], Any], *, first: bool = False
 ) -> Generator[None, None, None]:
     """Call `receive` with what passes `point`; what it returns, unless None, goes on instead."""
 
@@ -189,13 +320,57 @@ def _hooked(
         return (changed, kwargs) if by_position else (args, changed)
 
     if point.at == "output":
-        handle = module.register_forward_hook(on_output)
+        handle = module.register_forward_hook(on_output, prepend=first)
     else:
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+        handle = module.register_forward_pre_hook(on_input, prepend=first, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@final
+class _Chain:
+    """Functions that change what passes one place, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.functions: list[Callable[[HookPoint, Any], Any]] = []
+        self.hook = ExitStack()
+
+    def __call__(self, point: HookPoint, value: Any) -> Any:
+        changed = None
+        for function in list(self.functions):
+            result = function(point, value)
+            if result is not None:
+                changed = value = result
+        return changed
+
+
+_CHAINS: WeakKeyDictionary[nn.Module, dict[str, _Chain]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _chained(
+    module: nn.Module, point: HookPoint, function: Callable[[HookPoint, Any], Any]
+) -> Generator[None, None, None]:
+    """Let `function` change what passes `point`, after those that came before it.
+
+    All of them together stand in front of other hooks of the module, so that these, as transformers's own for
+    ``output_hidden_states``, see what the model goes on with.
+    """
+    chains = _CHAINS.setdefault(module, {})
+    chain = chains.get(point.at)
+    if chain is None:
+        chain = chains[point.at] = _Chain()
+        chain.hook.enter_context(_hooked(module, point, chain, first=True))
+    chain.functions.append(function)
+    try:
+        yield
+    finally:
+        chain.functions.remove(function)
+        if not chain.functions:
+            chain.hook.close()
+            del chains[point.at]
 
 
 def _key(container: Any) -> Any:
