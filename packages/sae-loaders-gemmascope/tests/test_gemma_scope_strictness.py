@@ -175,18 +175,35 @@ def test_arrays_that_are_not_plain_floats_are_refused(
         gemma_2.load()
 
 
-def test_a_path_that_does_not_say_whether_it_is_an_embedding_needs_the_fact(gemma_2: Specimen, tmp_path: Path):
-    target = tmp_path / "moved" / "params.npz"
-    target.parent.mkdir()
+@pytest.mark.parametrize("name", ["moved", "embedding/width_4k/average_l0_6", "layer_0", "my-transcoder", "embedding"])
+def test_a_folder_of_any_name_outside_the_published_repository_needs_the_callers_word(
+    gemma_2: Specimen, tmp_path: Path, name: str
+):
+    target = tmp_path / name / "params.npz"
+    target.parent.mkdir(parents=True)
     shutil.copy(gemma_2.weights, target)
-    with pytest.raises(FormatError, match="fact embedding"):
+    with pytest.raises(
+        FormatError, match=r"several formats fit: .*gemma_2, .*gemma_2_transcoder; name one with format="
+    ):
         SAE.load(target.parent)
-    plain = SAE.load(target.parent, overrides={"embedding": False})
+    with pytest.raises(FormatError, match="fact embedding"):
+        SAE.load(target.parent, format="gemma_2")
+    plain = SAE.load(target.parent, format="gemma_2", overrides={"embedding": False})
     assert all(map(torch.equal, outputs(plain), outputs(gemma_2.load())))
-    embedding = SAE.load(target.parent, overrides={"embedding": True})
+    embedding = SAE.load(target.parent, format="gemma_2", overrides={"embedding": True})
     torch.testing.assert_close(embedding.W_dec, plain.W_dec * 8**0.5)
+    assert "dataset_path" not in plain.metadata
     with pytest.raises(ConfigError, match="'embedding' is 'yes', expected bool"):
-        SAE.load(target.parent, overrides={"embedding": "yes"})
+        SAE.load(target.parent, format="gemma_2", overrides={"embedding": "yes"})
+
+
+@pytest.mark.parametrize("place", ["{0}@abc", "models--google--{0}/snapshots/0a1b"])
+def test_the_published_names_count_on_the_hub_and_in_its_cache(tmp_path: Path, place: str):
+    case = Specimen("gemma_2_embedding", tmp_path / "original")
+    target = tmp_path / place.format("gemma-scope-2b-pt-res") / case.case["path"] / "params.npz"
+    target.parent.mkdir(parents=True)
+    shutil.copy(case.weights, target)
+    assert all(map(torch.equal, outputs(SAE.load(target.parent)), outputs(case.load())))
 
 
 def test_names_follow_from_the_repository_and_the_path(gemma_2: Specimen):
@@ -228,9 +245,24 @@ def test_an_affine_connection_that_is_announced_must_be_there_and_the_other_way_
         affine.load()
 
 
-def test_a_folder_without_config_whose_path_says_nothing_is_refused(gemma_3: Specimen, tmp_path: Path):
-    target = tmp_path / "moved" / "params.safetensors"
-    target.parent.mkdir()
+@pytest.mark.parametrize("name", ["moved", "transcoder/layer_5", "attn_out", "clt_affine"])
+def test_a_folder_without_config_of_any_name_needs_the_callers_word(gemma_3: Specimen, tmp_path: Path, name: str):
+    target = tmp_path / name / "params.safetensors"
+    target.parent.mkdir(parents=True)
     shutil.copy(gemma_3.weights, target)
-    with pytest.raises(FormatError, match="its kind is unknown"):
+    with pytest.raises(FormatError, match="its kind is unknown; load with the fact site"):
         SAE.load(target.parent)
+    told = SAE.load(target.parent, overrides={"site": "resid_post"})
+    assert told.architecture == "jumprelu"
+    assert all(map(torch.equal, outputs(told), outputs(gemma_3.load())))
+    with pytest.raises(ConfigError, match="the fact site is 'here'; known: resid_post"):
+        SAE.load(target.parent, overrides={"site": "here"})
+
+
+def test_hook_points_of_gemma_scope_2_are_spelt_as_check_reads_them(gemma_3: Specimen):
+    assert gemma_3.load().metadata["hf_hook_name"] == "model.layers.13"
+    edit_config(gemma_3, hf_hook_point_in="model.layers.4.self_attn.o_proj.input")
+    attention = gemma_3.load()
+    assert attention.metadata["hf_hook_name"] == "model.layers.4.self_attn.o_proj:input"
+    assert attention.metadata["hook_name"] == "blocks.4.attn.hook_z"
+    assert attention.config.reshape_activations == "hook_z"

@@ -198,6 +198,44 @@ def test_openmoss_topk_with_other_decoder_norms_loads_only_in_units_that_the_cal
     assert_computes(sae, x, in_decoder_units, in_decoder_units / norms @ t["W_D"] + t["b_D"])
 
 
+def test_openmoss_fields_that_are_missing_have_the_librarys_defaults(tmp_path: Path, draw: Drawn):
+    """lm-saes 2: ReLU, dataset-wise norms, decoder norms in the comparison, a decoder bias, and k = 50 for TopK."""
+    bare = {
+        key: openmoss_config()[key]
+        for key in ("sae_type", "d_model", "expansion_factor", "hook_point_in", "hook_point_out")
+    }
+    t = openmoss_folder(tmp_path / "relu", draw, bare, **{f"{NORM}hook_resid_post": torch.tensor(5.5)})
+    x, scale = draw(B, D, scale=3.0), math.sqrt(D) / 5.5
+    acts = (x * scale @ t["W_E"] + t["b_E"]).relu()
+    assert_computes(SAE.load(tmp_path / "relu"), x, acts, (acts @ t["W_D"] + t["b_D"]) / scale)
+    wide = {**bare, "expansion_factor": 8, "act_fn": "topk", "norm_activation": "inference"}
+    wide["sparsity_include_decoder_norm"] = False
+    openmoss_folder(tmp_path / "topk", draw, wide, W_E=draw(D, 64), b_E=draw(64), W_D=draw(64, D))
+    assert SAE.load(tmp_path / "topk").config.k == 50  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("top_k", 0, "key 'top_k' is 0, expected at least 1"), ("hook_point_out", None, "'hook_point_out'")],
+)
+def test_openmoss_settings_that_mean_nothing_are_refused(
+    tmp_path: Path, draw: Drawn, key: str, value: object, said: str
+):
+    config = openmoss_config(act_fn="topk", norm_activation="inference")
+    openmoss_folder(tmp_path / "said", draw, config | {key: value})
+    with pytest.raises(FormatError, match=said):
+        SAE.load(tmp_path / "said")
+
+
+def test_openmoss_without_a_target_is_not_taken_for_an_sae(tmp_path: Path, draw: Drawn):
+    config = {
+        key: value for key, value in openmoss_config(norm_activation="inference").items() if key != "hook_point_out"
+    }
+    openmoss_folder(tmp_path, draw, config)
+    with pytest.raises(FormatError, match="'hook_point_out' is missing"):
+        SAE.load(tmp_path)
+
+
 def test_openmoss_transcoders_scale_outputs_by_their_own_norm(tmp_path: Path, draw: Drawn):
     config = openmoss_config(hook_point_in="blocks.4.ln2.hook_normalized", hook_point_out="blocks.4.hook_mlp_out")
     norms = {f"{NORM}ln2.hook_normalized": torch.tensor(4.0), f"{NORM}hook_mlp_out": torch.tensor(0.7)}
@@ -255,6 +293,24 @@ def llama_scope_folder(folder: Path, draw: Drawn, **changes: Any) -> dict[str, T
     save_file(tensors, folder / "checkpoints/final.safetensors")
     (folder / "hyperparams.json").write_text(json.dumps(hyper | changes))
     return tensors
+
+
+def test_llama_scope_without_decoder_norms_compares_latents_in_the_units_of_the_input(tmp_path: Path, draw: Drawn):
+    norms = {"in": 6.0, "out": 1.5}
+    t = llama_scope_folder(
+        tmp_path,
+        draw,
+        sparsity_include_decoder_norm=False,
+        hook_point_in="blocks.4.ln2.hook_normalized",
+        hook_point_out="blocks.4.hook_mlp_out",
+        dataset_average_activation_norm=norms,
+    )
+    x = draw(B, D, scale=3.0)
+    into, out = math.sqrt(D) / norms["in"], math.sqrt(D) / norms["out"]
+    # the original divides the scale out of the encoder's bias and then compares: x W + b / into > threshold
+    in_model_units = x @ t["encoder.weight"].T + t["encoder.bias"] / into
+    acts = torch.where(in_model_units > 0.8, in_model_units, 0.0) * into
+    assert_computes(SAE.load(tmp_path), x, acts, (acts @ t["decoder.weight"].T + t["decoder.bias"]) / out)
 
 
 @pytest.mark.parametrize("subtracts", [False, True])
@@ -382,10 +438,45 @@ def test_circuit_tracers_transcoders_of_every_activation(tmp_path: Path, draw: D
         "k": lambda: largest(pre.relu(), 4),
     }[activation]()
     out = acts @ t["W_dec"] + t["b_dec"] + (x @ t["W_skip"].T if skip else 0.0)
-    sae = read_sae(LocalFiles(tmp_path), "layer_3.safetensors")
+    facts = {"drop_negative_latents": True} if activation == "k" else None
+    sae = read_sae(LocalFiles(tmp_path), "layer_3.safetensors", overrides=facts)
     assert_computes(sae, x, acts, out)
     assert sae.metadata["hook_name"] == "blocks.3.mlp.hook_in"
     assert sae.metadata["model_name"] == "Qwen/Qwen3-4B"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ({"activation_function.threshold": torch.linspace(-0.2, 1, F)}, "holds 4 negative thresholds"),
+        (
+            {"k": torch.tensor(4)},
+            "keeps the k largest pre-activations even where they are negative.*drop_negative_latents",
+        ),
+    ],
+)
+def test_what_circuit_tracer_lets_through_below_zero_is_refused(
+    tmp_path: Path, draw: Drawn, tensor: dict[str, Tensor], said: str
+):
+    layer_transcoder(tmp_path, draw, **tensor)
+    with pytest.raises(FormatError, match=said):
+        SAE.load(tmp_path / "layer_3.safetensors")
+
+
+def test_a_single_layers_file_loads_with_the_facts_that_its_repository_would_say(tmp_path: Path, draw: Drawn):
+    t = layer_transcoder(tmp_path, draw)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(FormatError, match="format='mwhanna_transcoder' and the facts hook_name and hook_name_out"):
+        SAE.load(tmp_path / "layer_3.safetensors")
+    facts = {"hook_name": "blocks.3.mlp.hook_in"}
+    with pytest.raises(FormatError, match="load with the fact hook_name_out"):
+        SAE.load(tmp_path / "layer_3.safetensors", format="mwhanna_transcoder", overrides=facts)
+    facts["hook_name_out"] = "blocks.3.hook_mlp_out"
+    sae = SAE.load(tmp_path / "layer_3.safetensors", format="mwhanna_transcoder", overrides=facts)
+    x = draw(B, D, scale=3.0)
+    acts = (x @ t["W_enc"].T + t["b_enc"]).relu()
+    assert_computes(sae, x, acts, acts @ t["W_dec"] + t["b_dec"])
+    assert (sae.metadata["hook_name"], sae.metadata["hook_name_out"]) == tuple(facts.values())
 
 
 def cross_layer(folder: Path, draw: Drawn, layers: int, *, thresholds: bool = False) -> list[dict[str, Tensor]]:
@@ -653,7 +744,11 @@ def test_a_transcoder_of_sparsify_may_write_to_another_width(tmp_path: Path, dra
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"skip_connection": True}, "skip_connection without transcode"),
+        ({"skip_connection": True, "activation": "groupmax"}, "groupmax transcoder"),
+        ({"transcode": True, "n_targets": 3}, "n_targets is 3: a coder that writes to several layers"),
+        ({"transcode": True, "n_targets": 1, "n_sources": 2}, "n_sources is 2"),
+        ({"transcode": True, "coalesce_topk": "concat"}, "coalesce_topk is 'concat', and only 'none'"),
+        ({"use_fp8": True}, "use_fp8"),
         ({"activation": "groupmax", "transcode": True}, "groupmax transcoder"),
         ({"signed": True, "transcode": True}, "signed"),
         ({"activation": "softmax"}, "'softmax'"),
@@ -665,6 +760,64 @@ def test_coders_of_sparsify_that_nothing_here_computes_are_refused(
     sparsify_folder(tmp_path, draw, **changes)
     with pytest.raises(FormatError, match=said):
         SAE.load(tmp_path)
+
+
+FORK = json.loads((Path(__file__).parent / "golden/clt_training.json").read_text())
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_a_skip_transcoder_of_the_clt_training_fork_is_one_of_ours(tmp_path: Path, draw: Drawn, scale: bool):
+    """Its latents pass through a bias, which is zero, and a scale on their way to the decoder."""
+    t = sparsify_folder(tmp_path, draw, **FORK | {"num_latents": F, "k": 5, "d_in": D, "post_encoder_scale": scale})
+    t |= {"W_skip": draw(D, D), "post_enc": torch.zeros(F)}
+    if scale:
+        t["post_enc_scale"] = draw.positive(F)
+    save_file(t, tmp_path / "sae.safetensors")
+    x = draw(B, D, scale=3.0)
+    acts = largest((x @ t["encoder.weight"].T + t["encoder.bias"]).relu(), 5)
+    out = (acts * t.get("post_enc_scale", 1.0)) @ t["W_dec"] + t["b_dec"] + x @ t["W_skip"].T
+    assert_computes(SAE.load(tmp_path), x, acts, out)
+    t["post_enc"][2] = 0.1
+    save_file(t, tmp_path / "sae.safetensors")
+    with pytest.raises(FormatError, match="'post_enc' is not all zeros"):
+        SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_the_forks_scaling_of_inputs_and_outputs_moves_into_the_weights(tmp_path: Path, draw: Drawn, transcode: bool):
+    t = sparsify_folder(tmp_path, draw, transcode=transcode, normalize_io=True)
+    t |= {"in_norm": torch.tensor([7.0]), "out_norm": torch.tensor([0.6]), "post_enc": torch.zeros(F)}
+    save_file(t, tmp_path / "sae.safetensors")
+    x = draw(B, D, scale=3.0)
+    z = x * math.sqrt(D) / 7.0
+    pre = (z if transcode else z - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]
+    acts = largest(pre.relu(), 5)
+    assert_computes(SAE.load(tmp_path), x, acts, (acts @ t["W_dec"] + t["b_dec"]) * 0.6 / math.sqrt(D))
+
+
+def test_one_target_of_the_fork_is_found_under_its_number(tmp_path: Path, draw: Drawn):
+    t = sparsify_folder(tmp_path, draw, transcode=True, n_targets=1)
+    stored = {"encoder.weight": t["encoder.weight"], "encoder.bias": t["encoder.bias"], "post_encs.0": torch.zeros(F)}
+    stored |= {"W_decs.0": t["W_dec"], "b_decs.0": t["b_dec"]}
+    save_file(stored, tmp_path / "sae.safetensors")
+    x = draw(B, D, scale=3.0)
+    acts = largest((x @ t["encoder.weight"].T + t["encoder.bias"]).relu(), 5)
+    assert_computes(SAE.load(tmp_path), x, acts, acts @ t["W_dec"] + t["b_dec"])
+
+
+def test_sparsify_fields_that_are_missing_have_the_librarys_defaults(tmp_path: Path, draw: Drawn):
+    """eai-sparsify 1.3.3: topk of k = 32, an SAE of 32 latents for each input dimension."""
+    tensors = {
+        "encoder.weight": draw(32 * D, D),
+        "encoder.bias": draw(32 * D),
+        "W_dec": draw(32 * D, D),
+        "b_dec": draw(D),
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D}))
+    save_file(tensors, tmp_path / "sae.safetensors")
+    x = draw(B, D, scale=3.0)
+    acts = largest(((x - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]).relu(), 32)
+    assert_computes(SAE.load(tmp_path), x, acts, acts @ tensors["W_dec"] + tensors["b_dec"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -697,5 +850,60 @@ def test_qwen_scope_reads_k_from_the_repositorys_name_and_checks_its_width(tmp_p
     assert sae.metadata["hf_hook_name"] == "model.layers.7"
     with pytest.raises(FormatError, match="24 latents, but the repository's name says 32K"):
         SAE.load(write("SAE-Res-Qwen3-1.7B-Base-W32K-L0_12", 24))
+    renamed = write("renamed", 24)
     with pytest.raises(FormatError, match="the fact k"):
-        SAE.load(write("renamed", 24))
+        SAE.load(renamed)
+    (renamed.parent / "config.json").write_text(json.dumps({"top_k": 5, "model_type": "sae"}))
+    assert SAE.load(renamed).config.k == 5  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(FormatError, match=r"k is 5 in config\.json \(top_k\), but 6 in the fact k"):
+        SAE.load(renamed, overrides={"k": 6})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files that could be anybody's
+
+
+def two_layers(path: Path, draw: Drawn) -> dict[str, Tensor]:
+    t = {"encoder.weight": draw(F, D), "encoder.bias": draw(F), "decoder.weight": draw(D, F), "decoder.bias": draw(D)}
+    torch.save(t, path)
+    return t
+
+
+def test_two_linear_layers_are_nobodys_format_until_the_caller_names_it(tmp_path: Path, draw: Drawn):
+    t = two_layers(tmp_path / "mine.pt", draw)
+    with pytest.raises(
+        FormatError, match=r"which library wrote it.*format='deepseek_r1'.*format='dictionary_learning_1'"
+    ):
+        SAE.load(tmp_path / "mine.pt")
+    sae = SAE.load(tmp_path / "mine.pt", format="deepseek_r1")
+    x = draw(B, D, scale=3.0)
+    acts = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+    assert_computes(sae, x, acts, acts @ t["decoder.weight"].T + t["decoder.bias"])
+    assert sae.metadata == {}
+
+
+def test_an_ae_pt_without_its_config_loads_with_the_class_that_wrote_it(tmp_path: Path, draw: Drawn):
+    t = two_layers(tmp_path / "ae.pt", draw)
+    with pytest.raises(FormatError, match="format='dictionary_learning_1' and the fact dict_class, one of AutoEncoder"):
+        SAE.load(tmp_path)
+    with pytest.raises(FormatError, match=r"no config.json says which class this is.*dict_class"):
+        SAE.load(tmp_path, format="dictionary_learning_1")
+    facts = {"dict_class": "AutoEncoderNew"}
+    sae = SAE.load(tmp_path, format="dictionary_learning_1", overrides=facts)
+    x = draw(B, D, scale=3.0)
+    acts = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+    assert_computes(sae, x, acts, acts @ t["decoder.weight"].T + t["decoder.bias"])
+    again = SAE.load(tmp_path / "ae.pt", format="dictionary_learning_1", overrides=facts)
+    assert torch.equal(again.encode(x), sae.encode(x))
+
+
+def test_a_topk_ae_pt_without_its_config_and_without_k_asks_for_k(tmp_path: Path, draw: Drawn):
+    t = {"encoder.weight": draw(F, D), "encoder.bias": draw(F), "decoder.weight": draw(D, F), "b_dec": draw(D)}
+    torch.save(t, tmp_path / "ae.pt")
+    facts: dict[str, Any] = {"dict_class": "AutoEncoderTopK"}
+    with pytest.raises(FormatError, match=r"neither it nor config.json says k; load with the fact k"):
+        SAE.load(tmp_path, format="dictionary_learning_1", overrides=facts)
+    sae = SAE.load(tmp_path, format="dictionary_learning_1", overrides=facts | {"k": 4})
+    x = draw(B, D, scale=3.0)
+    acts = largest(((x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu(), 4)
+    assert_computes(sae, x, acts, acts @ t["decoder.weight"].T + t["b_dec"])

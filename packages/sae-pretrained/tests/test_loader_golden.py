@@ -37,6 +37,7 @@ SPARSIFY = {
     "transcoder": "topk_transcoder",
     "skip_transcoder": "topk_skip_transcoder",
     "run/layers.3.mlp": "topk",
+    "skip_without_transcode": "topk_skip_transcoder",
 }
 
 

@@ -165,7 +165,8 @@ def openmoss(root: Path) -> Specimen:
     norm = f"dataset_average_activation_norm.{hook}"
     tensors = {"W_E": drawn(D, F), "b_E": drawn(F), "W_D": drawn(F, D), "b_D": drawn(D), norm: torch.tensor(5.0)}
     tensors["activation_function.log_jumprelu_threshold"] = drawn(F)
-    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": "jumprelu", "hook_point_in": hook}
+    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": "jumprelu"}
+    config |= {"hook_point_in": hook, "hook_point_out": hook}
     save_file(tensors, root / "sae_weights.safetensors")
     (root / "config.json").write_text(json.dumps(config))
     return Specimen("openmoss", root, "", "sae_weights.safetensors", "config.json")

@@ -8,12 +8,14 @@ The six facts:
 - Threshold: stored as it is.
 - Input normalisation: none. Embedding SAEs were trained on the rows of the embedding matrix, which the model multiplies by
   sqrt(d) before anybody sees them; their encoder is divided by that and their decoder multiplied, biases excepted, as SAELens
-  does. The files do not say which kind they are: the path must contain ``embedding`` or ``layer_{n}``, or the fact
-  ``embedding`` must tell.
+  does. The files do not say which kind they are, see below.
 - Decoder norm: unit rows, for embeddings sqrt(d).
 
-Which activations an SAE is for is only in the repository's name (``...-res``, ``-mlp``, ``-att``, ``-transcoders``). Attention
-SAEs read the heads' outputs before W_O, concatenated.
+What an SAE is for is only in the published names: the repository's (``gemma-scope-…-res``, ``-mlp``, ``-att``,
+``-transcoders``) and the path in it (``layer_{n}/width_…/average_l0_…`` or ``embedding/…``). They count where they stand
+together, on the Hub, in its cache or in a copy of the repository, and nowhere else: a folder that somebody called
+``embedding`` means nothing. Elsewhere the caller names the format (``gemma_2`` or ``gemma_2_transcoder``) and, for SAEs, the
+fact ``embedding``. Attention SAEs read the heads' outputs before W_O, concatenated.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Gemma2Loader", "Gemma2TranscoderLoader"]
 
-_REPOSITORY = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<tuning>pt|it)-(?P<site>res|mlp|att|transcoders)")
-_KIND = re.compile(r"(?:^|/)(?:(?P<embedding>embedding)|layer_(?P<layer>\d+))(?=/|$)")
+_PUBLISHED = re.compile(
+    r"(?:^|/|--)gemma-scope-(?P<size>\d+b)-(?P<tuning>pt|it)-(?P<site>res|mlp|att|transcoders)(?:@[^/]+|/snapshots/[^/]+)?/"
+    r"(?:(?P<embedding>embedding)|layer_(?P<layer>\d+))/width_\w+/(?:average_l0_\d+|canonical)/?$"
+)
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
-_MODULES = {"res": "", "mlp": ".post_feedforward_layernorm", "att": ".self_attn.o_proj.input"}
+_MODULES = {"res": "", "mlp": ".post_feedforward_layernorm", "att": ".self_attn.o_proj:input"}
 
 
 @final
@@ -42,8 +46,9 @@ class Gemma2Loader:
     """Reads the SAEs of Gemma Scope."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A folder with params.npz whose path does not speak of transcoders."""
-        return exists(source, folder, "params.npz") and "transcoder" not in place(source, folder)
+        """A folder with params.npz that has not been published as a transcoder."""
+        published = _PUBLISHED.search(place(source, folder))
+        return exists(source, folder, "params.npz") and not (published and published["site"] == "transcoders")
 
     def load(
         self,
@@ -57,26 +62,26 @@ class Gemma2Loader:
         """Read the folder; `rows` are the latents to load, None for all."""
         facts = Facts(overrides, "gemma_2", ["embedding"])
         where = place(source, folder)
-        layer, embeds = _layer(where, facts)
-        repository = _REPOSITORY.search(where)
+        published = _PUBLISHED.search(where)
+        embeds = _embeds(published, where, facts)
         bag = npz_bag(source, join(folder, "params.npz"), rows=rows, weights=weights)
         tensors = _tensors(bag, "d_in")
         if embeds:
             root = bag.sizes["d_in"] ** 0.5
             tensors["W_enc"], tensors["W_dec"] = times(tensors["W_enc"], 1 / root), times(tensors["W_dec"], root)
-        site = "embedding" if embeds else repository["site"] if repository else None
+        site = "embedding" if embeds else published["site"] if published else None
         config = {
             "d_in": bag.sizes["d_in"],
             "d_sae": bag.sizes["d_sae"],
             "apply_b_dec_to_input": False,
             "reshape_activations": "hook_z" if site == "att" else "none",
         }
-        found = _origin(repository)
+        found = _origin(published)
         if embeds:
             found["hook_name"] = "hook_embed"
-        elif site in _HOOKS:
-            found["hook_name"] = f"blocks.{layer}.{_HOOKS[site]}"
-            found["hf_hook_name"] = f"model.layers.{layer}{_MODULES[site]}"
+        elif published and site in _HOOKS:
+            found["hook_name"] = f"blocks.{published['layer']}.{_HOOKS[site]}"
+            found["hf_hook_name"] = f"model.layers.{published['layer']}{_MODULES[site]}"
         return assemble("jumprelu", config, tensors, facts.metadata(found), bag)
 
 
@@ -85,8 +90,9 @@ class Gemma2TranscoderLoader:
     """Reads the transcoders of Gemma Scope: from the MLP's normalised input to its output."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A folder with params.npz whose path speaks of transcoders."""
-        return exists(source, folder, "params.npz") and "transcoder" in place(source, folder)
+        """A folder with params.npz that has not been published as an SAE."""
+        published = _PUBLISHED.search(place(source, folder))
+        return exists(source, folder, "params.npz") and (published is None or published["site"] == "transcoders")
 
     def load(
         self,
@@ -99,16 +105,15 @@ class Gemma2TranscoderLoader:
     ) -> LoadedSAE:
         """Read the folder; `rows` are the latents to load, None for all."""
         facts = Facts(overrides, "gemma_2_transcoder")
-        where = place(source, folder)
-        kind = _kind(where)
+        published = _PUBLISHED.search(place(source, folder))
         bag = npz_bag(source, join(folder, "params.npz"), rows=rows, weights=weights)
         tensors = _tensors(bag, "d_out")
         config = {key: bag.sizes[key] for key in ("d_in", "d_out", "d_sae")} | {"apply_b_dec_to_input": False}
-        found = _origin(_REPOSITORY.search(where))
-        if kind is not None and kind["layer"]:
+        found = _origin(published)
+        if published and published["layer"]:
             # Hugging Face has no module that puts out the normalised input before the norm's own weights
-            found["hook_name"] = f"blocks.{kind['layer']}.ln2.hook_normalized"
-            found["hook_name_out"] = f"blocks.{kind['layer']}.hook_mlp_out"
+            found["hook_name"] = f"blocks.{published['layer']}.ln2.hook_normalized"
+            found["hook_name_out"] = f"blocks.{published['layer']}.hook_mlp_out"
         return assemble("jumprelu_transcoder", config, tensors, facts.metadata(found), bag)
 
 
@@ -130,25 +135,27 @@ def _tensors(bag: TensorBag, out: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _kind(where: str) -> re.Match[str] | None:
-    return next(iter(reversed(list(_KIND.finditer(where)))), None)
-
-
-def _layer(where: str, facts: Facts) -> tuple[int | None, bool]:
-    """The layer, and whether this is an embedding SAE."""
-    kind = _kind(where)
+def _embeds(published: re.Match[str] | None, where: str, facts: Facts) -> bool:
+    """Whether this is an embedding SAE, as its published place or the caller says."""
     told = facts.get("embedding", bool)
-    if kind is None and told is None:
+    if told is not None:
+        return told
+    if published is None:
         raise FormatError(
-            f"{where}: embedding SAEs need their weights scaled and others do not, and this path says neither 'embedding' nor "
-            "'layer_{n}'; load with the fact embedding (true or false)"
+            f"{where}: embedding SAEs need their weights scaled and others do not; no file says which this is, and this is not "
+            "a place in a published repository (google/gemma-scope-…/layer_…/width_…/average_l0_…); load with the fact "
+            "embedding (true or false)"
         )
-    embeds = bool(kind and kind["embedding"]) if told is None else told
-    return (int(kind["layer"]) if kind and kind["layer"] else None), embeds
+    return published["embedding"] is not None
 
 
-def _origin(repository: re.Match[str] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"dataset_path": "monology/pile-uncopyrighted", "context_size": 1024, "prepend_bos": True}
-    if repository:
-        found["model_name"] = f"google/gemma-2-{repository['size']}{'-it' if repository['tuning'] == 'it' else ''}"
-    return found
+def _origin(published: re.Match[str] | None) -> dict[str, Any]:
+    if published is None:
+        return {}
+    instructed = "-it" if published["tuning"] == "it" else ""
+    return {
+        "model_name": f"google/gemma-2-{published['size']}{instructed}",
+        "dataset_path": "monology/pile-uncopyrighted",
+        "context_size": 1024,
+        "prepend_bos": True,
+    }

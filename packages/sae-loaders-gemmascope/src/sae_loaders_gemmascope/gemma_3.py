@@ -11,19 +11,22 @@ The six facts:
 - Input normalisation: none.
 - Decoder norm: whatever the file has.
 
-A transcoder is what has different hook points in and out, or where config.json is missing, as in some folders, what lies in a
-folder called so. `folder` is a folder or, for one layer of a cross-layer transcoder, its file with or without ``.safetensors``;
-such a layer is loaded with its decoders added up, which is right for latents and directions, and a warning says that its
-outputs reconstruct nothing.
+What a dictionary reads and predicts is in config.json; a transcoder has different hook points in and out. Some published
+folders lack that file: there, and nowhere else, the published names of repository and folder count
+(``gemma-scope-2-…/transcoder/layer_…``). Elsewhere the fact ``site`` must tell. `folder` is a folder or, for one layer of a
+cross-layer transcoder, its file with or without ``.safetensors``; such a layer is loaded with its decoders added up, which is
+right for latents and directions, and a warning says that its outputs reconstruct nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from sae_core.errors import FormatError
+from sae_core.errors import ConfigError, FormatError
+from sae_core.format.hook_names import spell_hook_name
 from sae_core.protocols import FileSource, LoadedSAE
 from sae_pretrained.loaders.common import (
     Facts,
@@ -43,6 +46,12 @@ __all__ = ["Gemma3Loader"]
 
 _HOOKS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
 _SITES = (*_HOOKS, "transcoder", "clt")
+_MODULES = {"": "resid_post", "self_attn.o_proj:input": "attn_out", "post_feedforward_layernorm": "mlp_out"}
+_PUBLISHED = re.compile(
+    r"(?:^|/|--)gemma-scope-2-\w+-(?:pt|it)(?:@[^/]+|/snapshots/[^/]+)?/(?P<site>resid_post|attn_out|mlp_out|transcoder|clt)"
+    r"(?:_all)?/(?P<kind>(?:layer_(?P<layer>\d+)_)?width_\w+)"
+)
+_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)(?:\.(?P<module>.+))?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,7 @@ class _Site:
     model: str | None = None
     width: int | None = None
     affine: bool | None = None
+    layer: int | None = None
 
 
 @final
@@ -79,11 +89,10 @@ class Gemma3Loader:
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
         """Read the folder or file; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "gemma_3")
+        facts = Facts(overrides, "gemma_3", ["site"])
         where = place(source, folder)
         layer_file = _layer_file(folder)
         site = _site(source, folder, where, layer_file is not None, facts)
-        layer = layer_of(where)
         sizes = {} if site.width is None else {"d_sae": site.width}
         file = layer_file or join(folder, "params.safetensors")
         bag = safetensors_bag(source, file, sizes=sizes, rows=rows, weights=weights)
@@ -122,7 +131,7 @@ class Gemma3Loader:
             config["reshape_activations"] = "hook_z"
         if layer_file and weights:
             warn_of_sum(bag.where)
-        return assemble(architecture, config, tensors, facts.metadata(_metadata(site, layer)), bag)
+        return assemble(architecture, config, tensors, facts.metadata(_metadata(site)), bag)
 
 
 def _layer_file(folder: str) -> str | None:
@@ -134,15 +143,10 @@ def _layer_file(folder: str) -> str | None:
 
 
 def _site(source: FileSource, folder: str, where: str, cross_layer: bool, facts: Facts) -> _Site:
-    named = next((part for part in _SITES if any(piece.startswith(part) for piece in where.split("/"))), None)
-    home = folder.rsplit("/", 1)[0] if cross_layer and "/" in folder else "" if cross_layer else folder
+    home = folder.rpartition("/")[0] if cross_layer else folder
+    file_layer = layer_of(folder, "params_layer_") if cross_layer else None
     if not exists(source, home, "config.json"):
-        if named is None:
-            raise FormatError(
-                f"{where}: no config.json, and the path names none of {', '.join(_SITES)}, so its kind is unknown"
-            )
-        affine = "affine" in where if named in ("transcoder", "clt") else None
-        return _Site(named, named in ("transcoder", "clt"), affine=affine)
+        return _unconfigured(where, cross_layer, file_layer, facts)
     cfg = Settings(read_json(source, join(home, "config.json")), place(source, home, "config.json"))
     cfg.must_be("architecture", "jump_relu", "Gemma Scope 2 was published with JumpReLU")
     model = cfg.get("model_name", str, nullable=True)
@@ -155,17 +159,41 @@ def _site(source: FileSource, folder: str, where: str, cross_layer: bool, facts:
     if cross_layer:
         cfg.ignore("one of each for every layer", "hf_hook_point_in hf_hook_point_out")
         cfg.finish(facts.ignore_keys)
-        return _Site("clt", True, model=model, width=width, affine=affine)
-    hook_in = cfg.need("hf_hook_point_in", str)
+        return _Site("clt", True, model=model, width=width, affine=affine, layer=file_layer)
+    hook_in = spell_hook_name(cfg.need("hf_hook_point_in", str))
     hook_out = cfg.get("hf_hook_point_out", str, nullable=True)
+    hook_out = None if hook_out is None else spell_hook_name(hook_out)
     cfg.finish(facts.ignore_keys)
     transcodes = hook_out not in (None, hook_in)
     if not transcodes and affine is False:
         affine = None
-    return _Site(named, transcodes, hook_in, hook_out if transcodes else None, model, width, affine)
+    place_in = _LAYER.search(hook_in)
+    layer = int(place_in["layer"]) if place_in else None
+    if transcodes:
+        return _Site("transcoder", True, hook_in, hook_out, model, width, affine, layer)
+    name = _MODULES.get(place_in["module"] or "") if place_in else None
+    return _Site(name, False, hook_in, None, model, width, affine, layer)
 
 
-def _metadata(site: _Site, layer: int | None) -> dict[str, Any]:
+def _unconfigured(where: str, cross_layer: bool, file_layer: int | None, facts: Facts) -> _Site:
+    """What a folder without config.json holds, by its published name or the caller's word."""
+    published = _PUBLISHED.search(where)
+    told = facts.get("site", str)
+    if told is not None and told not in _SITES:
+        raise ConfigError(f"{where}: the fact site is {told!r}; known: {', '.join(_SITES)}")
+    named = told or ("clt" if cross_layer else published["site"] if published else None)
+    if named is None:
+        raise FormatError(
+            f"{where}: no config.json, and this is not a place in a published repository (google/gemma-scope-2-…), so its kind "
+            f"is unknown; load with the fact site, one of {', '.join(_SITES)}"
+        )
+    transcodes = named in ("transcoder", "clt")
+    affine = "affine" in published["kind"] if published and transcodes else None
+    layer = int(published["layer"]) if published and published["layer"] else file_layer
+    return _Site(named, transcodes, affine=affine, layer=layer)
+
+
+def _metadata(site: _Site) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model_name": None if site.model is None else _hub_name(site.model),
         "hf_hook_name": site.hook_in,
@@ -174,12 +202,12 @@ def _metadata(site: _Site, layer: int | None) -> dict[str, Any]:
         "context_size": 1024,
         "prepend_bos": True,
     }
-    if layer is not None:
+    if site.layer is not None:
         if site.transcodes:
-            found["hook_name"] = f"blocks.{layer}.hook_mlp_in"
-            found["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
+            found["hook_name"] = f"blocks.{site.layer}.hook_mlp_in"
+            found["hook_name_out"] = f"blocks.{site.layer}.hook_mlp_out"
         elif site.name in _HOOKS:
-            found["hook_name"] = f"blocks.{layer}.{_HOOKS[site.name]}"
+            found["hook_name"] = f"blocks.{site.layer}.{_HOOKS[site.name]}"
     return found
 
 

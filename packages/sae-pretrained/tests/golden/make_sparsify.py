@@ -32,6 +32,7 @@ CASES = {
     "skip_transcoder": SparseCoderConfig(num_latents=24, k=4, transcode=True, skip_connection=True),
     "groupmax": SparseCoderConfig(num_latents=24, k=4, activation="groupmax"),
     "run/layers.3.mlp": SparseCoderConfig(num_latents=16, k=2),
+    "skip_without_transcode": SparseCoderConfig(num_latents=24, k=4, skip_connection=True),
 }
 
 
@@ -42,6 +43,11 @@ def make(name: str, config: SparseCoderConfig, seed: int) -> None:
     for _, parameter in sorted(coder.named_parameters()):
         parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     coder.save_to_disk(ROOT / name)
+    if config.skip_connection and not config.transcode:  # a file older than that key
+        path = ROOT / name / "cfg.json"
+        path.write_text(
+            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "transcode"})
+        )
     coder = SparseCoder.load_from_disk(ROOT / name)
     x = 2.0 * torch.randn(6, D_IN, generator=generator)
     top_acts, top_indices, pre_acts = coder.encode(x)

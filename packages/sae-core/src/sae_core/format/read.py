@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,16 @@ from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
 from sae_core.sae import SAE, as_device, as_dtype
 
-__all__ = ["build_sae", "find_loader", "load_sae", "read_sae"]
+__all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae"]
+
+
+@runtime_checkable
+class Hints(Protocol):
+    """A loader that could read files which it does not recognise, if the caller vouched for them."""
+
+    def hint(self, source: FileSource, folder: str = "") -> str | None:
+        """What to load with, ``format='x' and the fact y``, when the files might be of this format; None when not."""
+        ...
 
 
 def load_sae(
@@ -76,10 +85,13 @@ def find_loader(source: FileSource, folder: str = "") -> str:
     registry = get_registry()
     known = registry.contributions("loader")
     found: list[str] = []
+    hints: list[str] = []
     for contribution in known:
         try:
             loader = cast("Loader", registry.resolve("loader", contribution.qualified)())
             fits = loader.matches(source, folder)
+            if not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
+                hints.append(hint)
         except Exception as error:  # noqa: BLE001 - a broken loader must not keep the formats of the others from being read
             message = f"loader {contribution.qualified} could not be asked about {source.location}: {one_line(error)}"
             warnings.warn(message, PluginWarning, stacklevel=2)
@@ -92,6 +104,10 @@ def find_loader(source: FileSource, folder: str = "") -> str:
     if found:
         raise FormatError(f"{place}: several formats fit: {', '.join(found)}; name one with format=")
     here = [name for name in source.files() if name.startswith(folder)][:12]
+    if hints:
+        raise FormatError(
+            f"{place}: nothing here says which library wrote it; if you know, load with {', or '.join(hints)}"
+        )
     raise FormatError(
         f"{place}: no known format (looked for: {', '.join(c.spec.name for c in known)}); "
         f"it holds: {', '.join(here) or 'no files'}"

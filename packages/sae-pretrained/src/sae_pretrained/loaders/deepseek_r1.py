@@ -8,21 +8,26 @@ The six facts:
 - Threshold: none.
 - Input normalisation: none.
 - Decoder norm: whatever the file has.
+
+Anybody's file may hold two layers of these names, encoded in any way. So a file is recognised by its published name,
+``DeepSeek-R1-Distill-…-SAE-l19.pt``, and another one only loads where the caller names this format.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from sae_core.errors import FormatError
 from sae_core.protocols import FileSource, LoadedSAE
 
-from sae_pretrained.loaders.common import Facts, assemble, layer_of, place, torch_bag, torch_mapping
+from sae_pretrained.loaders.common import Facts, assemble, place, torch_bag, torch_mapping
 
 __all__ = ["DeepSeekR1Loader"]
 
 _KEYS = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
+_PUBLISHED = re.compile(r"(?:^|/)(?P<model>DeepSeek-R1-Distill-[\w.-]+)-SAE-l(?P<layer>\d+)\.pt$")
 
 
 @final
@@ -30,11 +35,21 @@ class DeepSeekR1Loader:
     """Reads qresearch's SAEs."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A .pt file, not called ae.pt, that holds exactly an encoder and a decoder with biases."""
-        if not folder.endswith(".pt") or folder.rsplit("/", 1)[-1] == "ae.pt" or not source.exists(folder):
-            return False
+        """A .pt file of a published name that holds exactly an encoder and a decoder with biases."""
+        return _PUBLISHED.search(folder) is not None and self._holds_two_layers(source, folder)
+
+    def hint(self, source: FileSource, folder: str = "") -> str | None:
+        """For a file of another name with the same tensors."""
+        if not folder.endswith(".pt") or not self._holds_two_layers(source, folder):
+            return None
+        return (
+            "format='deepseek_r1' for ReLU without subtracting the decoder's bias, or format='dictionary_learning_1' and the "
+            "fact dict_class"
+        )
+
+    def _holds_two_layers(self, source: FileSource, folder: str) -> bool:
         try:
-            return set(torch_mapping(source, folder)) == _KEYS
+            return source.exists(folder) and set(torch_mapping(source, folder)) == _KEYS
         except FormatError:
             return False
 
@@ -58,13 +73,14 @@ class DeepSeekR1Loader:
             "b_dec": bag.take("decoder.bias", "d_in"),
         }
         config = {"d_in": bag.sizes["d_in"], "d_sae": bag.sizes["d_sae"], "apply_b_dec_to_input": False}
-        layer = layer_of(folder, "-l")
-        stem = folder.rsplit("/", 1)[-1].split("-SAE-")[0]
-        found = {
-            "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
-            "hf_hook_name": None if layer is None else f"model.layers.{layer}",
-            "model_name": f"deepseek-ai/{stem}" if stem.startswith("DeepSeek-") else None,
-            "dataset_path": "lmsys/lmsys-chat-1m",
-            "context_size": 1024,
-        }
+        published = _PUBLISHED.search(folder)
+        found: dict[str, Any] = {}
+        if published:
+            found = {
+                "hook_name": f"blocks.{published['layer']}.hook_resid_post",
+                "hf_hook_name": f"model.layers.{published['layer']}",
+                "model_name": f"deepseek-ai/{published['model']}",
+                "dataset_path": "lmsys/lmsys-chat-1m",
+                "context_size": 1024,
+            }
         return assemble("standard", config, tensors, facts.metadata(found), bag)

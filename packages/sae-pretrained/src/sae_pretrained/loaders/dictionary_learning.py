@@ -23,6 +23,9 @@ The six facts:
 - Input normalisation: none; a norm used in training has been folded into the biases.
 - Decoder norm: whatever the file has. The library's ``AutoEncoder.from_pretrained`` rescales latents to unit decoder norm
   after reading the file; that is a choice of view, and is not made here.
+
+An ``ae.pt`` whose ``config.json`` is lost loads with the fact ``dict_class`` and, where a TopK class of old has no k in its
+file, the fact ``k``; widths follow from the tensors.
 """
 
 from __future__ import annotations
@@ -76,8 +79,14 @@ class DictionaryLearningLoader:
     """Reads what dictionary_learning's ``trainSAE`` saves."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A folder with ae.pt and config.json."""
-        return exists(source, folder, "ae.pt", "config.json")
+        """A folder with ae.pt and config.json, or its ae.pt."""
+        return exists(source, _home(folder), "ae.pt", "config.json")
+
+    def hint(self, source: FileSource, folder: str = "") -> str | None:
+        """For an ae.pt without its config.json."""
+        if not exists(source, _home(folder), "ae.pt"):
+            return None
+        return f"format='dictionary_learning_1' and the fact dict_class, one of {', '.join(_CLASSES)}"
 
     def load(
         self,
@@ -89,29 +98,52 @@ class DictionaryLearningLoader:
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
         """Read config and weights; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "dictionary_learning_1")
-        where = place(source, folder, "config.json")
-        config = Settings(read_json(source, join(folder, "config.json")), where)
-        trainer = config.section("trainer")
-        name = trainer.choice("dict_class", _CLASSES)
-        sizes = {"d_in": trainer.integer("activation_dim"), "d_sae": trainer.integer("dict_size")}
-        k = trainer.get("k", int)
-        metadata = facts.metadata(_metadata(trainer, config))
-        trainer.ignore("how it was trained", _TRAINING_KEYS)
-        trainer.finish(facts.ignore_keys)
-        config.finish(facts.ignore_keys)
+        facts = Facts(overrides, "dictionary_learning_1", ["dict_class", "k"])
+        folder = _home(folder)
+        sizes: dict[str, int] = {}
+        metadata: dict[str, Any] = {}
+        told, k = facts.get("dict_class", str), facts.get("k", int)
+        if exists(source, folder, "config.json"):
+            config = Settings(read_json(source, join(folder, "config.json")), place(source, folder, "config.json"))
+            trainer = config.section("trainer")
+            name = trainer.choice("dict_class", _CLASSES)
+            if told not in (None, name):
+                raise FormatError(f"{config.where}: dict_class is {name!r}, but the caller says {told!r}")
+            sizes = {"d_in": trainer.integer("activation_dim"), "d_sae": trainer.integer("dict_size")}
+            stated = trainer.get("k", int)
+            if None not in (stated, k) and stated != k:
+                raise FormatError(f"{config.where}: k is {stated}, but the caller says {k}")
+            k = stated if k is None else k
+            metadata = _metadata(trainer, config)
+            trainer.ignore("how it was trained", _TRAINING_KEYS)
+            trainer.finish(facts.ignore_keys)
+            config.finish(facts.ignore_keys)
+        elif told in _CLASSES:
+            name = told
+        else:
+            raise FormatError(
+                f"{place(source, folder)}: no config.json says which class this is, and the class decides how it encodes; load "
+                f"with the fact dict_class, one of {', '.join(_CLASSES)}" + (f" (not {told!r})" if told else "")
+            )
+        metadata = facts.metadata(metadata)
 
         file = join(folder, "ae.pt")
         bag = (
-            torch_bag(torch_mapping(source, file), place(source, "", file), sizes=sizes, rows=rows)
-            if weights
+            torch_bag(torch_mapping(source, file), place(source, "", file), sizes=sizes, rows=rows, weights=weights)
+            if weights or not sizes
             else TensorBag(place(source, "", file), None, sizes=sizes, rows=rows, weights=False)
         )
         architecture, extra, tensors = _convert(name, bag, k)
         if architecture == "jumprelu" and name != "JumpReluAutoEncoder":
             training = "matryoshka_batchtopk" if name == "MatryoshkaBatchTopKSAE" else "batchtopk"
             metadata = {"training_architecture": training, "training_architecture_details": {"k": k}} | metadata
+        sizes = {"d_in": bag.sizes["d_in"], "d_sae": bag.sizes["d_sae"]}
         return assemble(architecture, {**sizes, **extra}, tensors, metadata, bag)
+
+
+def _home(folder: str) -> str:
+    """The folder, where the file in it has been named."""
+    return folder.rpartition("/")[0] if folder.rpartition("/")[2] == "ae.pt" else folder
 
 
 def _metadata(trainer: Settings, config: Settings) -> dict[str, Any]:
@@ -171,7 +203,7 @@ def _agreed_k(bag: TensorBag, k: int | None) -> int:
     if stored is not None and k is not None and int(stored) != k:
         raise FormatError(f"{bag.where}: k is {int(stored)} here, but {k} in config.json")
     if stored is None and k is None:
-        raise FormatError(f"{bag.where}: neither it nor config.json says k")
+        raise FormatError(f"{bag.where}: neither it nor config.json says k; load with the fact k")
     return k if k is not None else int(stored or 0)
 
 

@@ -12,16 +12,18 @@ The six facts:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from sae_core.errors import FormatError
 from sae_core.protocols import FileSource, LoadedSAE
 
-from sae_pretrained.loaders.common import Facts, assemble, layer_of, place, torch_bag, torch_mapping
+from sae_pretrained.loaders.common import Facts, assemble, place, torch_bag, torch_mapping
 
 __all__ = ["GoodfireLoader"]
 
+_PUBLISHED = re.compile(r"(?:^|/)(?P<model>[Ll]lama-3\.[\w.-]+)-SAE-l(?P<layer>\d+)\.pth?$")
 _KEYS = {"encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias"}
 
 
@@ -58,11 +60,13 @@ class GoodfireLoader:
             "b_dec": bag.take("decoder_linear.bias", "d_in"),
         }
         config = {"d_in": bag.sizes["d_in"], "d_sae": bag.sizes["d_sae"], "apply_b_dec_to_input": False}
-        layer = layer_of(folder, "-l")
-        found = {
-            "hook_name": None if layer is None else f"blocks.{layer}.hook_resid_post",
-            "hf_hook_name": None if layer is None else f"model.layers.{layer}",
-            "model_name": f"meta-llama/{folder.rsplit('/', 1)[-1].split('-SAE-')[0]}" if "-SAE-" in folder else None,
-            "dataset_path": "lmsys/lmsys-chat-1m",
-        }
+        published = _PUBLISHED.search(folder)
+        found: dict[str, Any] = {}
+        if published:
+            found = {
+                "hook_name": f"blocks.{published['layer']}.hook_resid_post",
+                "hf_hook_name": f"model.layers.{published['layer']}",
+                "model_name": f"meta-llama/{published['model']}",
+                "dataset_path": "lmsys/lmsys-chat-1m",
+            }
         return assemble("standard", config, tensors, facts.metadata(found), bag)

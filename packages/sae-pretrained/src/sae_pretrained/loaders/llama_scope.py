@@ -6,7 +6,9 @@ The six facts:
 - b_dec before encoding: only with ``apply_decoder_bias_to_pre_encoder``.
 - ReLU and TopK: trained with TopK, published as JumpReLU.
 - Threshold: one number in hyperparams.json, stored as it is, and in the units of unscaled activations: the original folds the
-  scaling away before it compares, so in training units it is the threshold times the output's scale.
+  scaling away before it compares. In training units it is the threshold times the output's scale where it is compared with
+  latents times decoder norms, and times the input's scale where it is compared with latents themselves. (SAELens compares it
+  in training units, so its latents differ from these.)
 - Input normalisation: inputs times sqrt(d) / average norm.
 - Decoder norm: with ``sparsity_include_decoder_norm`` the threshold is compared with pre-activations times decoder norms.
 
@@ -101,7 +103,9 @@ class LlamaScopeLoader:
             "W_dec": bag.take("decoder.weight", "d_out d_sae").t(),
             "b_dec": bag.take("decoder.bias", "d_out"),
         }
-        in_training_units = torch.full_like(tensors["b_enc"], threshold * scales[1], dtype=torch.float32)
+        in_training_units = torch.full_like(
+            tensors["b_enc"], threshold * scales[1 if by_norm else 0], dtype=torch.float32
+        )
         if by_norm:
             in_training_units = never_above(in_training_units, row_norms(bag.take("decoder.weight", "d_out d_sae").t()))
         tensors["threshold"] = in_training_units

@@ -17,7 +17,7 @@ The six facts:
 - Weights: ``W_enc_{n}`` (d_sae, d_in) is transposed.
 - b_dec before encoding: not subtracted; ``b_dec_{n}`` belongs to the outputs of layer n.
 - ReLU and TopK: ReLU; JumpReLU if there is a tensor ``threshold_{n}``.
-- Threshold: stored as it is.
+- Threshold: stored as it is; a negative one, with which the original keeps negative latents, is refused.
 - Input normalisation: none.
 - Decoder norm: whatever the file has.
 """
@@ -42,6 +42,7 @@ from sae_pretrained.loaders.common import (
     read_yaml,
     safetensors_bag,
 )
+from sae_pretrained.loaders.mwhanna_transcoder import not_negative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,8 @@ class MntssCLTLayerLoader:
         }
         architecture = "transcoder"
         if encoder.has(f"threshold_{n}"):
-            tensors["threshold"] = encoder.take(f"threshold_{n}", "d_sae")
+            name = f"threshold_{n}"
+            tensors["threshold"] = not_negative(encoder.take(name, "d_sae"), f"{encoder.where}: tensor {name!r}")
             architecture = "jumprelu_transcoder"
         decoder = safetensors_bag(source, f"W_dec_{n}.safetensors", sizes=encoder.sizes, rows=rows, weights=weights)
         written = decoder.take(f"W_dec_{n}", "d_sae layers d_out")

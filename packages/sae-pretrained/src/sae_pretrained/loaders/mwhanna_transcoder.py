@@ -1,14 +1,18 @@
 """Files of circuit-tracer's per-layer transcoders, such as mwhanna's for Qwen3: ``layer_{n}.safetensors``, one a layer.
 
 The repository's ``config.yaml`` names the base model and the hook points; ``wandb-config.yaml`` (or ``wanb-config.yaml``, as
-some repositories spell it) is the record of the training run. At least one of them must be there.
+some repositories spell it) is the record of the training run. A single file without either loads where the caller names this
+format and gives the facts ``hook_name`` and ``hook_name_out``.
 
 The six facts:
 
 - Weights: ``W_enc`` (d_sae, d_in) is transposed, ``W_dec`` (d_sae, d_out) and ``W_skip`` (d_out, d_in) lie as ours do.
 - b_dec before encoding: not subtracted.
 - ReLU and TopK: ReLU; JumpReLU if there is a tensor ``activation_function.threshold``; TopK if there is a tensor ``k``.
-- Threshold: stored as it is.
+  circuit-tracer's TopK has no ReLU and keeps the k largest even where they are negative, which nothing here does: it needs the
+  fact ``drop_negative_latents: true``.
+- Threshold: stored as it is. circuit-tracer's JumpReLU has no ReLU either, so that a negative threshold lets negative latents
+  through: refused.
 - Input normalisation: none. The input is what the MLP reads, after its norm's weights, so the base model must not be loaded
   with those folded into the MLP.
 - Decoder norm: whatever the file has.
@@ -18,14 +22,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from sae_core.errors import FormatError
 from sae_core.protocols import FileSource, LoadedSAE
 
 from sae_pretrained.loaders.common import Facts, Settings, assemble, layer_of, place, read_yaml, safetensors_bag
 
-__all__ = ["MwhannaTranscoderLoader"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MwhannaTranscoderLoader", "not_negative"]
 
 _FILE = re.compile(r"(?:^|/)layer_\d+\.safetensors$")
 _RUN_FILES = ("wandb-config.yaml", "wanb-config.yaml")
@@ -40,6 +47,12 @@ class MwhannaTranscoderLoader:
         known = any(source.exists(name) for name in ("config.yaml", *_RUN_FILES))
         return _FILE.search(folder) is not None and source.exists(folder) and known
 
+    def hint(self, source: FileSource, folder: str = "") -> str | None:
+        """For a file of this name in a folder that says nothing of the model."""
+        if _FILE.search(folder) is None or not source.exists(folder):
+            return None
+        return "format='mwhanna_transcoder' and the facts hook_name and hook_name_out"
+
     def load(
         self,
         source: FileSource,
@@ -50,8 +63,8 @@ class MwhannaTranscoderLoader:
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
         """Read the file `folder`; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "mwhanna_transcoder")
-        sizes, found = _run(source, facts)
+        facts = Facts(overrides, "mwhanna_transcoder", ["drop_negative_latents"])
+        sizes, found = _run(source, folder, facts)
         bag = safetensors_bag(source, folder, sizes=sizes, rows=rows, weights=weights)
         tensors = {
             "W_enc": bag.take("W_enc", "d_sae d_in").t(),
@@ -68,9 +81,14 @@ class MwhannaTranscoderLoader:
         if bag.has("activation_function.threshold"):
             name = "activation_function.threshold"
             threshold = bag.take(name, "d_sae" if bag.ndim(name) == 1 else "1 d_sae")
-            tensors["threshold"] = threshold.reshape(-1)
+            tensors["threshold"] = not_negative(threshold.reshape(-1), f"{bag.where}: tensor {name!r}")
             architecture = f"jumprelu_{architecture}"
         elif bag.has("k"):
+            if not facts.get("drop_negative_latents", bool, False):
+                raise FormatError(
+                    f"{bag.where}: circuit-tracer's TopK keeps the k largest pre-activations even where they are negative, and "
+                    "ours makes those zero; the fact drop_negative_latents=True accepts that"
+                )
             k = bag.number("k")
             config["k"] = int(k or 0)
             architecture = f"topk_{architecture}"
@@ -85,7 +103,16 @@ class MwhannaTranscoderLoader:
         return assemble(architecture, config, tensors, facts.metadata(metadata), bag)
 
 
-def _run(source: FileSource, facts: Facts) -> tuple[dict[str, int], dict[str, Any]]:
+def not_negative(threshold: Tensor, where: str) -> Tensor:
+    """`threshold`. Raises FormatError where one is below zero, with which circuit-tracer keeps negative latents."""
+    if not threshold.is_meta and (count := int((threshold < 0).sum())):
+        raise FormatError(
+            f"{where} holds {count} negative thresholds: circuit-tracer then keeps negative latents, as nothing here does"
+        )
+    return threshold
+
+
+def _run(source: FileSource, folder: str, facts: Facts) -> tuple[dict[str, int], dict[str, Any]]:
     """Widths that the run's record states, and facts from both files."""
     sizes: dict[str, int] = {}
     found: dict[str, Any] = {}
@@ -105,5 +132,10 @@ def _run(source: FileSource, facts: Facts) -> tuple[dict[str, int], dict[str, An
         settings.ignore("names of the set and of its members", "model_kind scan transcoders repo_id revision")
         settings.finish(facts.ignore_keys)
     if not found and not sizes:
-        raise FormatError(f"{source.location}: neither config.yaml nor {' nor '.join(_RUN_FILES)} is there")
+        given = facts.metadata({})
+        if missing := [name for name in ("hook_name", "hook_name_out") if name not in given]:
+            raise FormatError(
+                f"{place(source, folder)}: neither config.yaml nor {' nor '.join(_RUN_FILES)} says what it reads and predicts; "
+                f"load with the fact{'s' if len(missing) > 1 else ''} {' and '.join(missing)} (and model_name)"
+            )
     return sizes, found

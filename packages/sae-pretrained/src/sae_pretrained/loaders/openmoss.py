@@ -81,10 +81,12 @@ class OpenMOSSLoader:
         act = settings.choice("act_fn", ["relu", "jumprelu", "topk"], "relu")
         norm = settings.choice("norm_activation", ["dataset-wise", "token-wise", "inference"], "dataset-wise")
         hook_in = settings.need("hook_point_in", str)
-        hook_out = settings.get("hook_point_out", str, nullable=True) or hook_in
+        hook_out = settings.need(
+            "hook_point_out", str
+        )  # the library knows no default: without it, is this a transcoder?
         by_norm = bool(settings.get("sparsity_include_decoder_norm", bool, True))
         biased = bool(settings.get("use_decoder_bias", bool, True))
-        k = settings.get("top_k", int, 50)
+        k = (settings.integer("top_k") if "topk" in act else settings.get("top_k", int)) if "top_k" in settings else 50
         settings.must_be("use_glu_encoder", False, "a gated-linear encoder is another architecture")
         settings.must_be("apply_decoder_bias_to_pre_encoder", False, "a key of older versions, which subtracted b_dec")
         settings.ignore("training, or how the original runs it", _RUNTIME_KEYS)
@@ -104,7 +106,7 @@ class OpenMOSSLoader:
         }
         tensors["b_dec"] = bag.take("b_D", "d_out") if biased else tensors["W_dec"].new_zeros(d)
         bag.drop("statistics of training", "tokens_since_last_activation", "is_dead", "current_k")
-        architecture, extra = _activation(act, by_norm, k or 50, bag, tensors, facts)
+        architecture, extra = _activation(act, by_norm, k or 0, bag, tensors, facts)
         stored = norm_tensors(bag, hook_in, hook_out, d)
         fields, tensors = _normalised(norm, stored, transcodes, bag, tensors)
         if transcodes:

@@ -1,4 +1,4 @@
-"""Files of Qwen-Scope: ``layer{n}.sae.pt``, one a layer; k is only in the repository's name.
+"""Files of Qwen-Scope: ``layer{n}.sae.pt``, one a layer; k is in ``config.json`` beside them or in the repository's name.
 
 The six facts:
 
@@ -9,7 +9,8 @@ The six facts:
 - Input normalisation: none.
 - Decoder norm: whatever the file has.
 
-k comes from ``...-W32K-L0_50`` in the source's name or from the fact ``k``; without either the file is refused.
+k comes from ``config.json`` (``k``, ``top_k`` or ``topk``), from ``...-W32K-L0_50`` in the source's name, or from the fact
+``k``. Two of them that contradict each other are refused, and so is a file without any.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from typing import Any, final
 from sae_core.errors import FormatError
 from sae_core.protocols import FileSource, LoadedSAE
 
-from sae_pretrained.loaders.common import Facts, assemble, place, torch_bag, torch_mapping
+from sae_pretrained.loaders.common import (
+    Facts,
+    Settings,
+    assemble,
+    exists,
+    join,
+    place,
+    read_json,
+    torch_bag,
+    torch_mapping,
+)
 
 __all__ = ["QwenScopeLoader"]
 
@@ -50,12 +61,7 @@ class QwenScopeLoader:
         facts = Facts(overrides, "qwen_scope", ["k"])
         where = place(source, folder)
         named = _REPOSITORY.search(where)
-        k = facts.get("k", int) or (int(named["k"]) if named else None)
-        if k is None:
-            raise FormatError(
-                f"{where}: k stands in no file, only in the repository's name (…-L0_50), which this path lacks; "
-                "load with the fact k"
-            )
+        k = _k(source, folder, where, named, facts)
         bag = torch_bag(torch_mapping(source, folder), where, rows=rows, weights=weights)
         tensors = {
             "W_enc": bag.take("W_enc", "d_sae d_in").t(),
@@ -81,3 +87,24 @@ class QwenScopeLoader:
             "hf_hook_name": f"model.layers.{layer[1]}" if layer else None,
         }
         return assemble("topk", config, tensors, facts.metadata(found), bag)
+
+
+def _k(source: FileSource, folder: str, where: str, named: re.Match[str] | None, facts: Facts) -> int:
+    """The number of latents kept, from wherever it is said; all who say it must agree."""
+    said: dict[str, int] = {}
+    home = folder.rpartition("/")[0]
+    if exists(source, home, "config.json"):
+        record = Settings(read_json(source, join(home, "config.json")), place(source, home, "config.json"))
+        said |= {f"config.json ({key})": record.integer(key) for key in ("k", "top_k", "topk") if key in record}
+    if named:
+        said["the repository's name"] = int(named["k"])
+    if (given := facts.get("k", int)) is not None:
+        said["the fact k"] = given
+    if not said:
+        raise FormatError(
+            f"{where}: k stands neither in a config.json beside the file nor in the repository's name (…-L0_50); load with the "
+            "fact k"
+        )
+    if len(set(said.values())) > 1:
+        raise FormatError(f"{where}: k is " + ", but ".join(f"{value} in {who}" for who, value in said.items()))
+    return next(iter(said.values()))

@@ -1,27 +1,31 @@
 """Folders of EleutherAI's sparsify (formerly sae): ``sae.safetensors`` beside ``cfg.json``, one folder a hook point.
 
-SAEs, transcoders and transcoders with a skip connection. The run's own ``config.json``, one folder up, tells the base model
-if it is there.
+SAEs, transcoders and transcoders with a skip connection, of the library and of its fork clt-training. The run's own
+``config.json``, one folder up, tells the base model if it is there.
 
 The six facts:
 
 - Weights: ``encoder.weight`` (d_sae, d_in) is transposed, ``W_dec`` (d_sae, d_out) and ``W_skip`` (d_out, d_in) lie as ours do.
-- b_dec before encoding: subtracted by SAEs, not by transcoders (``transcode``); files older than that key are SAEs.
+- b_dec before encoding: subtracted by SAEs, not by transcoders (``transcode``); files older than that key are SAEs. A skip
+  connection without ``transcode`` subtracts it for the encoder and feeds the skip the raw input: loaded as a transcoder whose
+  b_enc has taken up what was subtracted.
 - ReLU and TopK: ReLU first, then the k largest, which gives the same values as the other order. The old key ``signed``
   meant no ReLU and the k largest by magnitude: AbsTopK.
 - Threshold: none.
-- Input normalisation: none.
+- Input normalisation: none; clt-training's ``normalize_io`` scales inputs and outputs by stored norms, folded in here.
 - Decoder norm: ``normalize_decoder`` concerns training; the file's decoder is used as it is.
 
 The skip connection reads the raw input. ``activation: groupmax`` picks one latent in each of k groups of neighbours; as a
-transcoder it is refused, since there is no such architecture here.
+transcoder it is refused, since there is no such architecture here. Of clt-training, coders that write to several layers, or
+whose latents compete with those of other layers, are refused by the name of the key; a bias that is added to active latents
+before decoding (``post_enc``) is refused unless it is zero, and a scale there (``post_enc_scale``) moves into the decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from sae_core.errors import FormatError
 from sae_core.protocols import FileSource, LoadedSAE
@@ -29,15 +33,26 @@ from sae_core.protocols import FileSource, LoadedSAE
 from sae_pretrained.loaders.common import (
     Facts,
     Settings,
+    TensorBag,
     assemble,
     exists,
     join,
     place,
     read_json,
     safetensors_bag,
+    times,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["SparsifyLoader"]
+
+_DECODER = ("W_dec", "b_dec", "W_skip")
+_FORK_KEYS = (
+    "dtype tp_output divide_cross_layer train_post_encoder post_encoder_scale per_source_tied secondary_target_tied matryoshka "
+    "matryoshka_expansion_factors"
+)
 
 
 @final
@@ -61,41 +76,93 @@ class SparsifyLoader:
         facts = Facts(overrides, "sparsify")
         config = Settings(read_json(source, join(folder, "cfg.json")), place(source, folder, "cfg.json"))
         d_in = config.integer("d_in")
-        d_sae = config.get("num_latents", int) or d_in * config.integer("expansion_factor")
-        k = config.integer("k")
+        d_sae = config.get("num_latents", int, 0) or d_in * (config.get("expansion_factor", int, 32) or 0)
+        k = config.integer("k") if "k" in config else 32
         activation = config.choice("activation", ("topk", "groupmax"), "topk")
         signed = bool(config.get("signed", bool, False))
         transcodes = bool(config.get("transcode", bool, False))
         skips = bool(config.get("skip_connection", bool, False))
+        scaled = bool(config.get("normalize_io", bool, False))
+        targets = _refuse_what_other_layers_decide(config)
         config.ignore("training only", "normalize_decoder multi_topk expansion_factor")
+        config.ignore("training, or how clt-training runs it", _FORK_KEYS)
         config.finish(facts.ignore_keys)
         if signed and (activation != "topk" or transcodes or skips):
             raise FormatError(f"{config.where}: signed latents are known of plain top-k SAEs only")
-        if activation == "groupmax" and transcodes:
+        if activation == "groupmax" and (transcodes or skips):
             raise FormatError(f"{config.where}: a groupmax transcoder is not an architecture that we have")
-        if skips and not transcodes:
-            # the library would subtract b_dec for the encoder and feed the skip the raw input: nothing we have does both
-            raise FormatError(f"{config.where}: skip_connection without transcode is not an architecture that we have")
 
         sizes = {"d_in": d_in, "d_sae": d_sae}
         bag = safetensors_bag(source, join(folder, "sae.safetensors"), sizes=sizes, rows=rows, weights=weights)
+        end = ".0" if targets and bag.has("W_decs.0") else ""
+        W_dec, b_dec, W_skip = (f"{name}s.0" for name in _DECODER) if end else _DECODER
         tensors = {
             "W_enc": bag.take("encoder.weight", "d_sae d_in").t(),
             "b_enc": bag.take("encoder.bias", "d_sae"),
-            "W_dec": bag.take("W_dec", "d_sae d_out" if transcodes else "d_sae d_in"),
-            "b_dec": bag.take("b_dec", "d_out" if transcodes else "d_in"),
+            "W_dec": bag.take(W_dec, "d_sae d_out" if transcodes else "d_sae d_in"),
+            "b_dec": bag.take(b_dec, "d_out" if transcodes else "d_in"),
         }
         if skips:
-            tensors["W_skip"] = bag.take("W_skip", "d_out d_in")
-        architecture, extra = _architecture(activation, signed, transcodes, skips, k)
-        if transcodes:
-            extra["d_out"] = bag.sizes["d_out"]
+            tensors["W_skip"] = bag.take(W_skip, "d_out d_in" if transcodes else "d_in d_in")
+        if end:  # the fork keeps the first target under its old name too
+            bag.drop("the same tensors once more", *_DECODER)
+        subtracts = not transcodes
+        if subtracts and (skips or scaled):
+            shift_F = tensors["b_dec"].double() @ tensors["W_enc"].double()
+            tensors["b_enc"] = (tensors["b_enc"].double() - shift_F).to(tensors["b_enc"].dtype)
+            subtracts = False
+        _decode_as_stored(bag, tensors, scaled, end)
+        architecture, extra = _architecture(activation, signed, transcodes or skips, skips, k, subtracts)
+        if transcodes or skips:
+            extra["d_out"] = bag.sizes["d_out" if transcodes else "d_in"]
         metadata = facts.metadata(_metadata(source, folder, transcodes))
         return assemble(architecture, {**sizes, **extra}, tensors, metadata, bag)
 
 
-def _architecture(activation: str, signed: bool, transcodes: bool, skips: bool, k: int) -> tuple[str, dict[str, Any]]:
-    extra: dict[str, Any] = {"k": k, "apply_b_dec_to_input": not transcodes}
+def _refuse_what_other_layers_decide(config: Settings) -> int:
+    """Number of targets, 0 or 1. Raises FormatError for a coder of clt-training that is more than one dictionary."""
+    targets = config.get("n_targets", int, 0) or 0
+    sources = config.get("n_sources", int, 0) or 0
+    if targets > 1:
+        raise FormatError(
+            f"{config.where}: n_targets is {targets}: a coder that writes to several layers is no dictionary"
+        )
+    if targets and sources > 1:
+        raise FormatError(f"{config.where}: n_sources is {sources}: what other layers write is added to its output")
+    config.must_be("coalesce_topk", "none", "latents of several layers compete")
+    config.must_be("topk_coalesced", False, "latents of several layers compete")
+    config.must_be("use_fp8", False, "products in float8 are not computed here")
+    return targets
+
+
+def _decode_as_stored(bag: TensorBag, tensors: dict[str, Tensor], scaled: bool, end: str) -> None:
+    """Fold what clt-training does between its latents and its output, and to its inputs, into the weights."""
+    bias, factor = (f"post_encs{end}", f"post_enc_scales{end}") if end else ("post_enc", "post_enc_scale")
+    if bag.has(bias):
+        added = bag.take(bias, "d_sae")
+        if not added.is_meta and bool((added != 0).any()):
+            raise FormatError(
+                f"{bag.where}: tensor {bias!r} is not all zeros: it is added to active latents before they are decoded, which "
+                "no architecture here does"
+            )
+    if bag.has(factor):
+        tensors["W_dec"] = times(tensors["W_dec"], bag.take(factor, "d_sae").float()[:, None])
+    if not scaled:
+        return
+    norm_in, norm_out = bag.number("in_norm"), bag.number("out_norm")
+    if norm_in is None or norm_out is None:
+        return
+    if not (norm_in > 0 and norm_out > 0):
+        raise FormatError(f"{bag.where}: in_norm and out_norm must be positive, not {norm_in} and {norm_out}")
+    into, out = bag.sizes["d_in"] ** 0.5 / norm_in, norm_out / tensors["b_dec"].shape[0] ** 0.5
+    factors = {"W_enc": into, "W_dec": out, "b_dec": out, "W_skip": into * out}
+    tensors.update({name: times(tensor, factors[name]) for name, tensor in tensors.items() if name in factors})
+
+
+def _architecture(
+    activation: str, signed: bool, transcodes: bool, skips: bool, k: int, subtracts: bool
+) -> tuple[str, dict[str, Any]]:
+    extra: dict[str, Any] = {"k": k, "apply_b_dec_to_input": subtracts}
     if transcodes:
         return ("topk_skip_transcoder" if skips else "topk_transcoder"), extra
     extra["rescale_acts_by_decoder_norm"] = False
