@@ -7,8 +7,8 @@ The six facts:
 - ReLU and TopK: trained with TopK, published as JumpReLU.
 - Threshold: one number in hyperparams.json, stored as it is, and in the units of unscaled activations: the original folds the
   scaling away before it compares. In training units it is the threshold times the output's scale where it is compared with
-  latents times decoder norms, and times the input's scale where it is compared with latents themselves. (SAELens compares it
-  in training units, so its latents differ from these.)
+  latents times decoder norms, and times the input's scale where it is compared with latents themselves. (SAELens does the
+  latter always, so its latents differ from these.)
 - Input normalisation: inputs times sqrt(d) / average norm.
 - Decoder norm: with ``sparsity_include_decoder_norm`` the threshold is compared with pre-activations times decoder norms.
 
