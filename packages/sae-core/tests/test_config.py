@@ -26,6 +26,8 @@ class Example:
     flag: bool = False
     path: Path | None = None
     inner: Inner = Inner()
+    names: tuple[str, ...] = ()
+    all_or_some: bool | list[str] = False
 
     def __post_init__(self) -> None:
         require(self.width > 0, f"width must be positive, not {self.width}")
@@ -47,6 +49,8 @@ class Example:
         ({"width": 1, "k": {"from": 3, "to": 4, "over": 0}}, "'over' is a fraction of the run in (0, 1], not 0"),
         ({"width": 1, "inner": {"width": 3}}, "unknown key 'inner.width'"),
         ({"width": 1, "inner": {"widths": [1, "a"]}}, "expected int, found str 'a' at inner.widths[1]"),
+        ({"width": 1, "names": "ab"}, "expected a list at names, found str 'ab'"),
+        ({"width": 1, "all_or_some": "ab"}, "expected a list at all_or_some, found str 'ab'"),
         ({"width": 0}, "width must be positive, not 0"),
     ],
 )

@@ -232,7 +232,7 @@ def test_the_metadata_say_everything_and_rebuild_the_source(
     assert metadata["dataset_path"] == str(text_file)
     assert (metadata["context_size"], metadata["prepend_bos"]) == (16, True)
     assert metadata["exclude_special_tokens"] == [0, 1]
-    assert metadata["seqpos_slice"] == [2]
+    assert metadata["seqpos_slice"] == [2, None]  # arguments of slice()
     ours = metadata["sae_lm"]
     assert ours["hook_point"] == {
         "module": "model.layers.1", "at": "output", "transformer_lens": "blocks.1.hook_resid_post"
@@ -374,6 +374,49 @@ def test_impossible_settings_are_refused_before_the_model_runs(
         _ = make_source(context_size=500).d_in
     with pytest.raises(ConfigError, match="context_size must be positive"):
         make_source(context_size=0)
+
+
+def roberta() -> Any:
+    from transformers import RobertaConfig, RobertaModel
+
+    small = RobertaConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=18,
+    )  # fmt: skip
+    return RobertaModel(small).eval()
+
+
+def test_positions_that_begin_behind_the_paddings_own_are_fewer_than_the_table_has(
+    tokenizer: Any, text_file: Path
+) -> None:
+    settings = {"model": "m", "hook": "encoder.layer.0", "text": {"kind": "file", "path": str(text_file)}}
+    fits = structure({**settings, "context_size": 16}, HuggingFaceSourceConfig)
+    source = HuggingFaceSource(fits, model=roberta(), tokenizer=tokenizer)
+    assert len(source.activations(next(source.windows("train")))) > 0
+    beyond = structure({**settings, "context_size": 17}, HuggingFaceSourceConfig)
+    with pytest.raises(ConfigError, match="17 tokens are beyond the 16 positions of m"):
+        _ = HuggingFaceSource(beyond, model=roberta(), tokenizer=tokenizer).d_in
+
+
+def test_an_empty_held_out_part_is_an_error_before_training(
+    make_source: Callable[..., HuggingFaceSource], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("b\n\nempty")
+    source = make_source(text={"kind": "file", "path": str(tmp_path / "short.txt")})
+    with pytest.raises(DataError, match="none of the 2 documents"):
+        next(source.batches(4))
+    assert "language_model" not in vars(source)
+
+
+def test_the_preview_loads_the_tokenizer_and_no_model(saved_model: Path, tmp_path: Path) -> None:
+    for file in saved_model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = structure({"model": str(tmp_path), "hook": "model.layers.0", "context_size": 16}, HuggingFaceSourceConfig)
+    source = HuggingFaceSource(config)
+    assert source.preview(1).startswith("window 0: 16 tokens")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        _ = source.d_in
 
 
 def test_text_without_a_token_to_train_on_is_an_error(

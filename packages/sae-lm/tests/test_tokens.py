@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_core.config import structure, unstructure
 from sae_core.errors import ConfigError, DataError
+from sae_lm.reading import Chat, TokenRow
 from sae_lm.tokens import TokenPolicy, TokenRules, Windows, WindowStream, preview, resolve
 
 BOS, EOS, PAD = 100, 101, 102
@@ -17,7 +18,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 99), max_size=25), max_size=12)
 
 
 def rules_for(context_size: int, **policy: Any) -> TokenRules:
-    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, **policy}
+    named = {"packing": "concatenate", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD, **policy}
     return resolve(TokenPolicy(**named), None, context_size)
 
 
@@ -144,7 +145,7 @@ def test_a_restored_stream_goes_on_exactly_without_taking_a_document_twice(
     for _ in range(stop):
         if next(whole, None) is None:
             return
-    state = json.loads(json.dumps(whole.state_dict()))
+    state = whole.state_dict()
     rest = list(rows_of(list(whole)))
     resumed = WindowStream(documents, rules, rows=2, state=state)
     assert list(rows_of(list(resumed))) == rest
@@ -226,8 +227,93 @@ def test_the_tokenizer_adds_nothing_of_its_own(make_tokenizer: Callable[..., Any
 def test_text_without_a_tokenizer_and_mixed_documents_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="there is no tokenizer"):
         next(WindowStream(["text"], rules_for(4), rows=1))
-    with pytest.raises(DataError, match="some are lists"):
-        next(WindowStream(["text", [1]], rules_for(4), rows=1, tokenizer=tokenizer))
+    rules = resolve(TokenPolicy(packing="rows"), tokenizer, 4)
+    with pytest.raises(DataError, match="packing: rows is for documents that are token ids"):
+        next(WindowStream([[1], "text"], rules, rows=1, tokenizer=tokenizer))
+
+
+def test_whole_rows_with_their_bos_stay_whole(caplog: pytest.LogCaptureFixture) -> None:
+    documents: list[Any] = [[BOS, n, BOS, n + 1] for n in range(80)]  # a separator in mid-row is the row's own
+    batches = stream(documents, rules_for(4, packing="auto"))
+    assert list(rows_of(batches)) == documents
+    assert torch.equal(torch.cat([windows.kept for windows in batches])[0], torch.tensor([False, True, False, True]))
+    assert caplog.text == ""
+    named = list(rows_of(stream(documents, rules_for(4, packing="rows"))))
+    assert named == documents
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], "do not begin with the BOS that is asked for: they are joined"),
+        ([[BOS, 1, 2], [BOS, 3, 4, 5, EOS]], "are not as long as the context, 4: they are joined"),
+    ],
+)
+def test_rows_that_cannot_stay_whole_are_joined_with_a_word_and_without_a_bos_in_mid_window(
+    documents: list[list[int]], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = list(rows_of(stream(documents, rules_for(4, packing="auto"))))
+    assert said in caplog.text
+    assert all(row[0] == BOS and BOS not in row[1:] for row in rows)
+    text = [token for row in rows for token in row[1:]]
+    assert text == [t for d in documents for t in [*(token for token in d if token not in (BOS, EOS)), EOS]]
+
+
+def test_ids_of_other_lengths_without_a_bos_are_ordinary_documents(caplog: pytest.LogCaptureFixture) -> None:
+    rows = list(rows_of(stream([[1, 2], [3]], rules_for(4, packing="auto"))))
+    assert rows == [[BOS, 1, 2, EOS], [BOS, 3, EOS]]
+    assert caplog.text == ""
+
+
+def test_padding_of_rows_is_never_text() -> None:
+    padded: list[Any] = [TokenRow([BOS, 7], 4), TokenRow([BOS, 1, 2, 3], 4)]
+    windows = stream(padded, rules_for(4, packing="auto"))[0]
+    assert windows.tokens.tolist() == [[BOS, 7, PAD, PAD], [BOS, 1, 2, 3]]
+    assert windows.kept.tolist() == [[False, True, False, False], [False, True, True, True]]
+    joined = list(rows_of(stream(padded, rules_for(4, eos="none"))))
+    assert joined == [[BOS, 7, 1, 2], [BOS, 3]]
+
+
+def test_rows_longer_than_a_window_go_on_or_are_cut_off() -> None:
+    assert list(rows_of(stream([[1, 2, 3]], rules_for(2, packing="rows")))) == [[1, 2], [3]]
+    assert list(rows_of(stream([[1, 2, 3]], rules_for(2, packing="rows", overflow="truncate")))) == [[1, 2]]
+
+
+def test_positions_at_both_ends_of_a_window_can_be_left_out() -> None:
+    rules = rules_for(6, bos="none", eos="none", exclude_first=1, exclude_last=2, packing="document")
+    windows = stream([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]], rules)[0]
+    assert windows.kept.int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+
+
+def test_special_tokens_are_left_out_by_role_or_altogether(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(
+        "<s>", "</s>", "<sep>", "<mask>", bos_token="<s>", sep_token="<sep>", mask_token="<mask>"
+    )
+    roles = resolve(TokenPolicy(exclude_special_tokens=("sep",)), tokenizer, 8)
+    assert roles.excluded_ids == (0, 2)
+    assert resolve(TokenPolicy(exclude_special_tokens=True), tokenizer, 8).excluded_ids == (0, 2, 3)
+    with pytest.raises(ConfigError, match=r"no 'sepp' token; did you mean 'sep'\? \(it has: bos, sep, mask\)"):
+        resolve(TokenPolicy(exclude_special_tokens=("sepp",)), tokenizer, 8)
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        rules_for(8, exclude_special_tokens=True)
+    asked = structure({"exclude_special_tokens": ["sep", "mask"]}, TokenPolicy)
+    assert asked.exclude_special_tokens == ("sep", "mask")
+
+
+def test_conversations_go_through_the_tokenizers_template(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>")
+    chat = Chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    rules = resolve(TokenPolicy(), tokenizer, 12)
+    with pytest.raises(ConfigError, match="no tokenizer with a chat template"):
+        next(WindowStream([chat], rules, rows=1, tokenizer=tokenizer))
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ eos_token }}"
+    )
+    windows = next(WindowStream([chat], rules, rows=1, tokenizer=tokenizer))
+    assert tokenizer.decode(windows.tokens[0, windows.attended[0]]) == "<s>u:hi;a:yo;</s>"
+    with pytest.raises(DataError, match=r"refuses a conversation \(roles: tool\): no tools"):
+        next(WindowStream([Chat([{"role": "tool", "content": "x"}])], rules, rows=1, tokenizer=tokenizer))
 
 
 def test_no_documents_give_no_windows() -> None:
@@ -252,7 +338,10 @@ def test_the_policy_survives_a_trip_through_json() -> None:
     ("settings", "message"),
     [
         ({"exclude_first": -1}, "must not be negative"),
-        ({"overflow": "truncate"}, "'overflow' belongs to packing: document"),
+        ({"exclude_last": -2}, "'exclude_last' must not be negative"),
+        ({"overflow": "truncate"}, "'overflow' belongs to packing: document or rows"),
+        ({"packing": "rows", "bos": "window"}, "packing: rows puts in no tokens; leave out bos"),
+        ({"exclude_special_tokens": "sep"}, "exclude_special_tokens"),
         ({"packing": "document", "incomplete": "drop"}, "'incomplete' belongs to packing: concatenate"),
         ({"bos": "none", "bos_token": 3, "exclude_bos": False}, "leave no use for it"),
         ({"bos": "windows"}, "windows"),

@@ -158,6 +158,15 @@ def _problems(data: Any, into: Any, path: str) -> typing.Iterator[str]:
             value = data[field.name]
             if isinstance(value, Mapping):
                 yield from _problems(value, hints[field.name], f"{path}{field.name}.")
+        elif field.init and isinstance(data[field.name], str) and _is_list(hints[field.name]):
+            yield f"expected a list at {path}{field.name}, found str {data[field.name]!r}"  # its letters would be taken
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a field takes a list and no text."""
+    members = typing.get_args(hint) if _is_union(hint) else (hint,)
+    takes_text = any(each in (str, Path) or typing.get_origin(each) is typing.Literal for each in members)
+    return not takes_text and any(typing.get_origin(each) in (list, tuple) for each in members)
 
 
 @cache

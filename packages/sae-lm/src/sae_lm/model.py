@@ -19,7 +19,7 @@ from sae_core.errors import ConfigError, MissingDependencyError, did_you_mean
 from sae_core.sae import as_device
 from torch import Tensor, nn
 
-__all__ = ["LanguageModel", "ModelFiles", "load", "locate", "next_token_logits"]
+__all__ = ["LanguageModel", "ModelFiles", "load", "load_tokenizer", "locate", "next_token_logits"]
 
 NO_TOKENIZER = "none"
 HOOKED_TRANSFORMER = "HookedTransformer"
@@ -120,11 +120,13 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     tokenizer: str | None = None,
+    with_tokenizer: bool = True,
 ) -> LanguageModel:
     """Load a model for reading activations.
 
     `dtype` is a torch dtype's name, or ``auto`` for that of the checkpoint; `device` ``auto`` is a CUDA device where there
-    is one. `tokenizer` names another place to take the tokenizer from, or ``none``. Raises ConfigError when transformers
+    is one. `tokenizer` names another place to take the tokenizer from, or ``none``; `with_tokenizer` False loads the model
+    alone. Raises ConfigError when transformers
     cannot load what is asked for, MissingDependencyError when a GGUF file needs libraries that are not installed.
     """
     if model_class == HOOKED_TRANSFORMER:
@@ -144,11 +146,9 @@ def load(
         arguments["gguf_file"] = files.gguf_file
     at = place(device)
     tokens = None
+    if with_tokenizer:
+        tokens = load_tokenizer(name, revision=revision, model_class=model_class, tokenizer=tokenizer)
     try:
-        if tokenizer is None:
-            tokens = transformers.AutoTokenizer.from_pretrained(files.place, **arguments)
-        elif tokenizer != NO_TOKENIZER:
-            tokens = transformers.AutoTokenizer.from_pretrained(tokenizer)
         model: Any = factory.from_pretrained(
             files.place, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **arguments
         )
@@ -158,14 +158,60 @@ def load(
     return LanguageModel(model.to(at).eval().requires_grad_(False), tokens, commit or files.version or revision)
 
 
+def load_tokenizer(
+    name: str, *, revision: str | None = None, model_class: str = "AutoModelForCausalLM", tokenizer: str | None = None
+) -> Any | None:
+    """The tokenizer alone of what `load` would load with these arguments; None for ``tokenizer: none``.
+
+    Raises ConfigError when there is none to be loaded.
+    """
+    if tokenizer == NO_TOKENIZER:
+        return None
+    import transformers
+
+    if model_class == HOOKED_TRANSFORMER:
+        require(tokenizer is None, "tokenizer: HookedTransformer brings its own; leave it out")
+        name = _official_name(name)
+    files = locate(name if tokenizer is None else tokenizer)
+    arguments: dict[str, Any] = {}
+    if tokenizer is None and revision is not None:
+        arguments["revision"] = revision
+    if files.gguf_file is not None:
+        _require_gguf(name)
+        arguments["gguf_file"] = files.gguf_file
+    try:
+        return transformers.AutoTokenizer.from_pretrained(files.place, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = f"model {name!r} cannot be loaded: its tokenizer" if tokenizer is None else f"tokenizer {tokenizer!r}"
+        raise ConfigError(
+            f"{what}: {type(error).__name__}: {error} (with tokenizer: none, documents are token ids)"
+        ) from error
+
+
+def _official_name(name: str) -> str:
+    """The Hub name behind one of TransformerLens's short names."""
+    try:
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+    except ImportError as error:
+        raise _needs_transformer_lens(error) from error
+    try:
+        return get_official_model_name(name)
+    except ValueError as error:
+        raise ConfigError(f"model {name!r}: {error}") from error
+
+
+def _needs_transformer_lens(error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"model_class: {HOOKED_TRANSFORMER} needs TransformerLens: {error}; install sae-lm[transformer-lens]"
+    )
+
+
 def _load_hooked(name: str, revision: str | None, dtype: str, device: str, tokenizer: str | None) -> LanguageModel:
     """A HookedTransformer with the weights as they are: nothing folded, nothing centred."""
     try:
         from transformer_lens import HookedTransformer
     except ImportError as error:
-        raise MissingDependencyError(
-            f"model_class: {HOOKED_TRANSFORMER} needs TransformerLens: {error}; install sae-lm[transformer-lens]"
-        ) from error
+        raise _needs_transformer_lens(error) from error
     require(dtype != "auto", "dtype: auto is not for HookedTransformer; name one")
     require(tokenizer is None, "tokenizer: HookedTransformer brings its own; leave it out")
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}

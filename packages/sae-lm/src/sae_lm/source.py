@@ -17,7 +17,7 @@ import itertools
 import logging
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, final
 
@@ -28,9 +28,9 @@ from sae_core.errors import ConfigError, DataError
 from torch import Tensor, nn
 
 from sae_lm.hooks import HookPoint, capture, find_module
-from sae_lm.model import LanguageModel, is_transformer_lens, load
+from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer
 from sae_lm.names import transformer_lens_name
-from sae_lm.text import Part, TextConfig, documents
+from sae_lm.text import Part, TextConfig, documents, require_held_out
 from sae_lm.tokens import TokenPolicy, TokenRules, Windows, WindowStream, preview, resolve
 
 __all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "flatten_positions", "model_inputs"]
@@ -138,19 +138,35 @@ class HuggingFaceSource:
                 dtype=config.dtype,
                 device=config.device,
                 tokenizer=config.tokenizer,
+                with_tokenizer="tokenizer" not in self.__dict__,
             )
+            if "tokenizer" in self.__dict__:  # read before, and reading it again can take long
+                found = replace(found, tokenizer=self.tokenizer)
         find_module(found.model, self.point.module)
-        positions = getattr(getattr(found.model, "config", None), "max_position_embeddings", None)
+        positions = _positions(found.model)
         require(
-            not isinstance(positions, int) or self.config.context_size <= positions,
+            positions is None or self.config.context_size <= positions,
             f"context_size: {self.config.context_size} tokens are beyond the {positions} positions of {self.config.model}",
         )
         return found
 
     @cached_property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer; the model is not loaded for it."""
+        model, tokenizer = self._given
+        if model is not None:
+            return tokenizer
+        if "language_model" in self.__dict__:
+            return self.language_model.tokenizer
+        config = self.config
+        return load_tokenizer(
+            config.model, revision=config.revision, model_class=config.model_class, tokenizer=config.tokenizer
+        )
+
+    @cached_property
     def rules(self) -> TokenRules:
         """The token policy, fixed for this model's tokenizer."""
-        return resolve(self.config.tokens, self.language_model.tokenizer, self.config.context_size)
+        return resolve(self.config.tokens, self.tokenizer, self.config.context_size)
 
     @cached_property
     def _sample(self) -> Tensor:
@@ -170,7 +186,7 @@ class HuggingFaceSource:
             documents(self.config.text, part),
             self.rules,
             rows=rows or self.config.batch_prompts,
-            tokenizer=self.language_model.tokenizer,
+            tokenizer=self.tokenizer,
             state=state,
         )
 
@@ -179,7 +195,7 @@ class HuggingFaceSource:
         windows = next(self.windows("train", rows=rows), None)
         if windows is None:
             raise DataError(_no_rows(self.config))
-        return preview(windows, self.language_model.tokenizer, rows=rows)
+        return preview(windows, self.tokenizer, rows=rows)
 
     @torch.inference_mode()
     def activations(self, windows: Windows) -> Tensor:
@@ -209,6 +225,7 @@ class HuggingFaceSource:
             f"buffer_rows: {config.buffer_rows} cannot hold a batch of {batch_size} beside the {at_once} activations that "
             f"arrive at once (batch_prompts x context_size); set it to {4 * (at_once + batch_size)} or so",
         )
+        require_held_out(config.text)
         sample = self._sample
         buffer = ShuffleBuffer(
             config.buffer_rows, sample.shape[1], seed=config.seed, dtype=sample.dtype, device=sample.device
@@ -230,11 +247,11 @@ class HuggingFaceSource:
             "hook_head_index": None,
             "dataset_path": config.text.description,
             "context_size": config.context_size,
-            "seqpos_slice": [rules.policy.exclude_first or None],
+            "seqpos_slice": _slice(rules.policy),
             "prepend_bos": rules.bos != "none",
             "exclude_special_tokens": list(rules.excluded_ids) or False,
             "sequence_separator_token": "eos" if rules.eos_id is not None else None,
-            "disable_concat_sequences": rules.policy.packing == "document",
+            "disable_concat_sequences": rules.policy.packing in ("document", "rows"),
             "sae_lm": {
                 "source": unstructure(config),
                 "model_revision": self.language_model.revision,
@@ -369,6 +386,8 @@ class _Run:
 def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments that run `model` on `windows`, without a key-value cache where it has one."""
     vocabulary = _vocabulary(model)
+    if int(windows.tokens.min()) < 0:
+        raise DataError(f"text: token id {int(windows.tokens.min())} is negative")
     if vocabulary is not None and int(windows.tokens.max()) >= vocabulary:  # on a GPU it would end the process
         raise DataError(f"text: token id {int(windows.tokens.max())}, but the model knows {vocabulary} tokens")
     parameters = inspect.signature(model.forward).parameters
@@ -385,9 +404,39 @@ def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tu
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Number of token ids that the model can take, None for a model that does not say."""
-    embeddings = getattr(model, "get_input_embeddings", None)
-    table = embeddings() if callable(embeddings) else None
+    table = _table(model)
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Number of tokens that a window may have, None for a model that does not say.
+
+    Some models number positions from behind the padding's own; these have fewer than their table has rows.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+    size = getattr(config, "max_position_embeddings", None)
+    if not isinstance(size, int):
+        size = getattr(getattr(model, "cfg", None), "n_ctx", None)
+        return size if isinstance(size, int) else None
+    tables = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module.num_embeddings == size
+    ]
+    names = [table.padding_idx for table in tables if table.padding_idx is not None and table is not _table(model)]
+    return size - (max(names) + 1 if names else 0)
+
+
+def _table(model: nn.Module) -> nn.Module | None:
+    """The table of token embeddings, None for a model that does not say."""
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    table: Any = embeddings() if callable(embeddings) else None
+    return table
+
+
+def _slice(policy: TokenPolicy) -> list[int | None]:
+    """The arguments of the slice of positions that count, as SAELens writes them."""
+    first, last = policy.exclude_first or None, -policy.exclude_last or None
+    return [None] if first is None and last is None else [first, last]
 
 
 def _no_rows(config: HuggingFaceSourceConfig) -> str:

@@ -1,98 +1,147 @@
-"""Documents to run a model on, from a local file, a `datasets` data set, or Python's own standard library.
+"""Documents to run a model on, from local files, a `datasets` data set, or Python's own standard library.
 
 `documents` yields them one at a time and in a fixed order. Part of them is held out for evaluation, chosen by a hash of
 each document's content: the choice needs no bookkeeping, is the same in every run and on every machine, and puts copies
 of a document on the same side, so that nothing evaluated was trained on.
 
-A document is a string, or, in a column of a data set or JSONL file that is tokenised already, a list of token ids.
+A document is a string; in a column that is tokenised already, token ids; or a conversation. Several texts may be mixed:
+whichever is furthest behind its weight gives the next document, so the order is fixed there too.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import json
-import sysconfig
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 from sae_core.config import option, require
-from sae_core.errors import DataError, did_you_mean
+from sae_core.errors import DataError
 
-__all__ = ["Document", "Part", "TextConfig", "documents", "is_held_out", "stdlib_docstrings"]
+from sae_lm.reading import Document, FileFormat, Rows, content_of, file_format, find_files, read_file
+from sae_lm.stdlib_text import stdlib_docstrings
 
-Document: TypeAlias = str | Sequence[int]
+__all__ = ["Part", "TextConfig", "documents", "is_held_out", "require_held_out"]
+
+log = logging.getLogger(__name__)
+
 Part = Literal["train", "held_out", "all"]
 
-_DATASET_ONLY = ("name", "split", "streaming")
+_DATASET_ONLY = ("name", "split", "streaming", "revision", "data_files", "data_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Where documents come from."""
 
-    kind: Literal["stdlib", "file", "dataset"] = option(
+    kind: Literal["stdlib", "file", "dataset", "mixture"] = option(
         default="stdlib",
-        help="stdlib: docstrings of Python's standard library, a document a module; file: a local .txt or .jsonl file; "
-        "dataset: a data set of the datasets library",
+        help="stdlib: docstrings of Python's standard library, a document a module; file: local files; "
+        "dataset: a data set of the datasets library; mixture: several of these by weight",
     )
     path: str | None = option(
-        default=None, help="the file; or the data set's Hub name, or a folder that save_to_disk wrote"
+        default=None,
+        help="a file, a folder or a glob pattern; or the data set's Hub name, or a folder that save_to_disk wrote",
+    )
+    format: FileFormat | None = option(
+        default=None,
+        help="kind: file - what the files are; by default their suffix says it (.txt .md .jsonl .json .csv .tsv .parquet, "
+        "each also .gz or .zst)",
     )
     name: str | None = option(default=None, help="the data set's configuration, e.g. wikitext-2-raw-v1")
     split: str | None = option(default=None, help="the data set's split; train if not given")
     streaming: bool = option(default=False, help="read the data set over the network as it is needed")
+    revision: str | None = option(default=None, help="branch, tag or commit of a Hub data set")
+    data_files: tuple[str, ...] = option(default=(), help="files of the data set to read, by name or pattern")
+    data_dir: str | None = option(default=None, help="folder inside the data set to read")
     column: str | None = option(
-        default=None, help="column of a data set or JSONL file: text, or lists of token ids; 'text' if not given"
+        default=None,
+        help="column that holds text, lists of token ids or lists of chat messages; by default text, or the one of "
+        "input_ids, tokens, messages, conversations that is there",
     )
     separator: str | None = option(
-        default=None, help="what lies between the documents of a .txt file; an empty line if not given"
+        default=None, help="what lies between the documents of a text file; an empty line if not given"
+    )
+    whole_files: bool = option(default=False, help="every text file is one document")
+    bad_rows: Literal["skip", "error"] = option(
+        default="skip",
+        help="rows whose cell is null or no Unicode text: leave them out and count them, or fail at the first",
+    )
+    mixture: tuple[TextConfig, ...] = option(default=(), help="kind: mixture - the texts, each with its weight")
+    weight: float | None = option(default=None, help="in a mixture: this text's share of the documents; 1 if not given")
+    until: Literal["first", "last"] | None = option(
+        default=None,
+        help="kind: mixture - a pass ends when the first of the texts is used up (if not given), or goes on with the rest "
+        "until the last one is",
     )
     held_out: float = option(default=0.05, help="fraction of the documents kept for evaluation, chosen by hash")
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, f"text: 'held_out' is a fraction in [0, 1), not {self.held_out}")
-        if self.kind == "stdlib":
+        if self.kind in ("stdlib", "mixture"):
             require(self.path is None, "text: 'path' needs kind: file or kind: dataset")
         else:
             require(bool(self.path), f"text: kind {self.kind!r} needs a 'path'")
         if self.kind != "dataset":
             given = [field for field in _DATASET_ONLY if getattr(self, field)]
             require(not given, f"text: {', '.join(map(repr, given))} belong to kind: dataset, not to kind: {self.kind}")
-        has_columns = self.kind == "dataset" or (self.kind == "file" and _is_jsonl(Path(self.path or "")))
-        require(has_columns or self.column is None, "text: 'column' belongs to data sets and .jsonl files")
-        is_plain = self.kind == "file" and not has_columns
-        require(is_plain or self.separator is None, "text: 'separator' belongs to .txt files")
+        require(self.kind == "file" or self.format is None, "text: 'format' belongs to kind: file")
+        kind = (self.format or file_format(self.path or "")) if self.kind == "file" else None
+        has_columns = self.kind == "dataset" or (self.kind == "file" and kind != "text")
+        require(has_columns or self.column is None, "text: 'column' belongs to data sets and files with columns")
+        is_plain = self.kind == "file" and kind in ("text", None)
+        require(is_plain or self.separator is None, "text: 'separator' belongs to text files")
+        require(is_plain or not self.whole_files, "text: 'whole_files' belongs to text files")
         require(self.separator != "", "text: 'separator' is empty")
+        require(
+            self.separator is None or not self.whole_files, "text: 'separator' and 'whole_files' exclude each other"
+        )
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        is_mixture = self.kind == "mixture"
+        require(is_mixture == bool(self.mixture), "text: kind: mixture and 'mixture', a list of texts, belong together")
+        require(is_mixture or self.until is None, "text: 'until' belongs to kind: mixture")
+        require(self.weight is None or self.weight > 0, f"text: 'weight' must be positive, not {self.weight}")
+        default = type(self).__dataclass_fields__["held_out"].default
+        for number, text in enumerate(self.mixture):
+            require(text.kind != "mixture", f"text: mixture[{number}] is a mixture itself")
+            require(
+                text.held_out in (default, self.held_out),
+                f"text: mixture[{number}] has a 'held_out' of its own; say it once, beside 'mixture'",
+            )
 
     @property
     def description(self) -> str:
         """A name for people and for ``dataset_path``."""
+        if self.mixture:
+            return " + ".join(f"{text.weight or 1:g} {text.description}" for text in self.mixture)
         return self.path if self.path is not None else "python-stdlib-docstrings"
 
 
 def documents(config: TextConfig, part: Part = "all") -> Iterator[Document]:
     """The documents of one part, in a fixed order.
 
-    Raises DataError for a file or data set that is missing or cannot be read as the config says.
+    Raises DataError for a file or data set that is missing or cannot be read as the config says, ConfigError for files
+    whose format is not known.
 
     >>> held_out, kept = (list(documents(TextConfig(), part)) for part in ("held_out", "train"))
     >>> 0 < len(held_out) < len(kept), set(held_out) & set(kept)
     (True, set())
     """
+    if config.kind == "mixture":
+        texts = [replace(text, weight=None, held_out=config.held_out) for text in config.mixture]
+        weights = [text.weight or 1.0 for text in config.mixture]
+        return _mixed([documents(text, part) for text in texts], weights, to_the_last=config.until == "last")
     if config.kind == "stdlib":
         every: Iterator[Document] = iter(stdlib_docstrings())
-    elif config.kind == "dataset":
-        every = _from_dataset(config)
     else:
-        path = Path(cast("str", config.path)).expanduser()
-        if not path.is_file():
-            raise DataError(f"text: there is no file {str(path)!r}")
-        every = _from_jsonl(path, config.column or "text") if _is_jsonl(path) else _from_text(path, config.separator)
+        rows = Rows(config.column, config.bad_rows)
+        every = _reported(
+            _from_dataset(config, rows) if config.kind == "dataset" else _from_files(config, rows), rows, config
+        )
     if part == "all":
         return every
     return (each for each in every if is_held_out(each, config.held_out) == (part == "held_out"))
@@ -104,98 +153,66 @@ def is_held_out(document: Document, fraction: float) -> bool:
     >>> [is_held_out(text, 0.5) for text in ("a", "b", "c", "a")]
     [True, False, True, True]
     """
-    content = document if isinstance(document, str) else " ".join(map(str, document))
-    digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(content_of(document).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-@cache
-def stdlib_docstrings() -> tuple[str, ...]:
-    """The docstrings of the running Python's standard library, joined to one document a module; about 1.6 MB.
-
-    Modules come in the order of their paths, docstrings in that of the source, and a docstring met before is left out.
-    Nothing is imported: the sources are parsed. Raises DataError where Python was installed without them.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    outside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    seen: set[str] = set()
-    modules: list[str] = []
-    for path in sorted(root.rglob("*.py")):
-        if outside.isdisjoint(path.relative_to(root).parts):
-            fresh = [text for text in dict.fromkeys(_docstrings(path)) if text not in seen]
-            seen.update(fresh)
-            if fresh:
-                modules.append("\n\n".join(fresh))
-    if not modules:
-        raise DataError(f"text: no Python sources under {str(root)!r}; use kind: file or kind: dataset")
-    return tuple(modules)
+def require_held_out(config: TextConfig) -> None:
+    """Raise DataError when the text has documents and its held-out part, if there is to be one, has none."""
+    if not config.held_out or next(documents(config, "held_out"), None) is not None:
+        return
+    total = sum(1 for _ in documents(config, "train"))
+    if total:
+        raise DataError(
+            f"text: none of the {total:,} documents of {config.description} falls into the {config.held_out:g} held out for "
+            "evaluation; raise held_out, cut the text into more documents, or set held_out: 0 to keep none"
+        )
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in old sources
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # the library carries a few templates that are no Python
+def _mixed(texts: list[Iterator[Document]], weights: list[float], *, to_the_last: bool) -> Iterator[Document]:
+    """Documents of several texts: the next one is always of the text that is furthest behind its weight."""
+    taken = [0] * len(texts)
+    left = list(range(len(texts)))
+    while left:
+        number = min(left, key=lambda each: (taken[each] + 1) / weights[each])
+        document = next(texts[number], None)
+        if document is not None:
+            taken[number] += 1
+            yield document
+        elif to_the_last:
+            left.remove(number)
+        else:
             return
-    for node in _statements(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text
 
 
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all statements in it, in the order of the source; expressions, most of the tree, hold no docstring."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _statements(child)
+def _reported(every: Iterator[Document], rows: Rows, config: TextConfig) -> Iterator[Document]:
+    yield from every
+    rows.report(config.description)
 
 
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".ndjson")
+def _from_files(config: TextConfig, rows: Rows) -> Iterator[Document]:
+    files = find_files(cast("str", config.path), config.format)
+    plain = [str(path) for path, kind in files if kind == "text"]
+    require(
+        config.column is None or not plain, f"text: 'column' belongs to files with columns; {plain[:1]} is plain text"
+    )
+    for field in ("separator", "whole_files"):
+        require(not getattr(config, field) or bool(plain), f"text: {field!r} belongs to text files; there is none")
+    return (
+        document
+        for path, kind in files
+        for document in read_file(path, kind, rows, separator=config.separator, whole=config.whole_files)
+    )
 
 
-def _from_text(path: Path, separator: str | None) -> Iterator[str]:
-    """Documents of a text file, read in blocks: memory holds the longest document, not the file."""
-    mark = "\n\n" if separator is None else separator
-    rest = ""
-    with path.open(encoding="utf-8") as file:
-        while True:
-            try:
-                block = file.read(1 << 20)
-            except UnicodeDecodeError as error:
-                raise DataError(f"text: {str(path)!r} is not UTF-8 text: {error}") from None
-            if not block:
-                break
-            *complete, rest = (rest + block).split(mark)
-            yield from (text for text in complete if text.strip())
-    if rest.strip():
-        yield rest
-
-
-def _from_jsonl(path: Path, column: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{str(path)!r} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"text: {where} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"text: {where} holds {type(row).__name__}, not an object with columns")
-            yield _cell(cast("dict[str, Any]", row), column, where)
-
-
-def _from_dataset(config: TextConfig) -> Iterator[Document]:
-    rows = _open_dataset(config)
-    column = config.column or "text"
+def _from_dataset(config: TextConfig, rows: Rows) -> Iterator[Document]:
+    data = _open_dataset(config)
     where = f"data set {config.path!r}"
-    for number, row in enumerate(rows):
-        yield _cell(row, column, f"{where} row {number}")
+    # Rows as plain Python values, whatever form the data set was saved in, and only the columns that are read.
+    data = data.with_format(None)
+    if data.column_names is not None:
+        data = data.select_columns(rows.columns(data.column_names, where))
+    return rows.documents((row, f"{where} row {number}") for number, row in enumerate(data))
 
 
 def _open_dataset(config: TextConfig) -> Any:
@@ -206,12 +223,18 @@ def _open_dataset(config: TextConfig) -> Any:
     folder = Path(path).expanduser()
     is_saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if is_saved:
-        require(config.name is None, "text: 'name' does not apply to a folder that save_to_disk wrote")
-        require(not config.streaming, "text: 'streaming' does not apply to a folder that save_to_disk wrote")
+        for field in ("name", "streaming", "revision", "data_files", "data_dir"):
+            require(not getattr(config, field), f"text: {field!r} does not apply to a folder that save_to_disk wrote")
+    elif not folder.exists() and (path.startswith((".", "~")) or folder.is_absolute()):
+        raise DataError(f"text: there is no folder {str(folder)!r}")
     try:
         if not is_saved:
             split = config.split or "train"
-            return datasets.load_dataset(path, config.name, split=split, streaming=config.streaming)
+            more: Mapping[str, Any] = {"data_files": list(config.data_files)} if config.data_files else {}
+            return datasets.load_dataset(
+                str(folder) if folder.is_dir() else path, config.name, split=split, streaming=config.streaming,
+                revision=config.revision, data_dir=config.data_dir, **more,
+            )  # fmt: skip
         loaded = datasets.load_from_disk(folder)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"text: data set {path!r} cannot be opened: {type(error).__name__}: {error}") from error
@@ -223,15 +246,3 @@ def _open_dataset(config: TextConfig) -> Any:
         known = ", ".join(map(str, loaded))
         raise DataError(f"text: data set {path!r} has no split {split!r} (known: {known})")
     return loaded[split]
-
-
-def _cell(row: Mapping[str, Any], column: str, where: str) -> Document:
-    if column not in row:
-        known = ", ".join(row)
-        raise DataError(f"text: {where} has no column {column!r}{did_you_mean(column, row)} (columns: {known})")
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(item) is int for item in cast("list[Any]", value)):
-        return cast("list[int]", value)
-    raise DataError(f"text: {where}: column {column!r} holds {type(value).__name__}, not text or a list of token ids")

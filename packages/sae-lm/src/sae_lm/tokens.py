@@ -5,26 +5,35 @@ and metrics. `resolve` fixes it for one tokenizer and window length, as `TokenRu
 wishes, and it is these that are stored with an SAE. `WindowStream` applies the rules to a stream of documents and gives
 `Windows`: token ids, which of them are no padding, and the one mask that training and metrics share.
 
+Documents that are token ids already may be whole windows, as a pretokenising step writes them; such rows stay as they are.
+Where the policy puts in a BOS or EOS itself, one that a document brings at that place is taken off first, so that none is
+doubled and none lands in the middle of a window.
+
 Special tokens are placed by the policy alone; the tokenizer is asked to add none. Whether a tokenizer has a BOS, EOS or
 padding token is a question of its id being None: id 0 is a token like any other.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from sae_core.config import option, require, unstructure
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from torch import Tensor
 
-from sae_lm.text import Document
+from sae_lm.reading import Chat, Document, TokenRow
 
-__all__ = ["TokenPolicy", "TokenRules", "WindowStream", "Windows", "preview", "resolve"]
+__all__ = ["Mark", "TokenPolicy", "TokenRules", "WindowStream", "Windows", "preview", "resolve"]
+
+log = logging.getLogger(__name__)
+
+Packing = Literal["concatenate", "document", "rows"]
 
 DOCUMENTS_AT_ONCE = 64
 """Documents given to the tokenizer in one call: enough to keep its threads busy, few enough to start soon."""
@@ -37,9 +46,11 @@ class TokenPolicy:
     Padding is always left out.
     """
 
-    packing: Literal["concatenate", "document"] = option(
-        default="concatenate",
-        help="concatenate: all documents in one stream, cut into full windows; document: every window holds one document",
+    packing: Literal["auto", "concatenate", "document", "rows"] = option(
+        default="auto",
+        help="concatenate: all documents in one stream, cut into full windows; document: every window holds one document; "
+        "rows: documents are token ids and each is a window as it is; auto: rows where they are token ids of the context's "
+        "length with the BOS that is asked for, else concatenate",
     )
     bos: Literal["auto", "window", "document", "none"] = option(
         default="auto",
@@ -52,7 +63,7 @@ class TokenPolicy:
     )
     overflow: Literal["split", "truncate"] = option(
         default="split",
-        help="packing: document - a document longer than a window goes on in the next one, or is cut off",
+        help="packing: document or rows - what is longer than a window goes on in the next one, or is cut off",
     )
     incomplete: Literal["pad", "drop"] = option(
         default="pad", help="packing: concatenate - the last, incomplete window is padded or dropped"
@@ -65,14 +76,26 @@ class TokenPolicy:
     exclude_first: int = option(
         default=0, help="leave out this many positions at the start of every window, beside what is left out by token"
     )
+    exclude_last: int = option(
+        default=0, help="leave out this many positions at the end of every window, padding not counted"
+    )
+    exclude_special_tokens: bool | tuple[str, ...] = option(
+        default=False,
+        help="leave out special tokens beside BOS and EOS: true for all that the tokenizer has, or their roles by name, "
+        "[sep, cls, unk, mask, ...]",
+    )
     exclude_tokens: tuple[str | int, ...] = option(
         default=(), help="more tokens to leave out of training and metrics: texts or ids"
     )
 
     def __post_init__(self) -> None:
-        require(self.exclude_first >= 0, f"tokens: 'exclude_first' must not be negative, it is {self.exclude_first}")
-        concatenates = self.packing == "concatenate"
-        require(not concatenates or self.overflow == "split", "tokens: 'overflow' belongs to packing: document")
+        for field in ("exclude_first", "exclude_last"):
+            require(getattr(self, field) >= 0, f"tokens: {field!r} must not be negative, it is {getattr(self, field)}")
+        concatenates = self.packing in ("auto", "concatenate")
+        require(not concatenates or self.overflow == "split", "tokens: 'overflow' belongs to packing: document or rows")
+        if self.packing == "rows":
+            asked = [role for role in ("bos", "eos") if getattr(self, role) not in ("auto", "none")]
+            require(not asked, f"tokens: packing: rows puts in no tokens; leave out {' and '.join(asked)}")
         require(concatenates or self.incomplete == "pad", "tokens: 'incomplete' belongs to packing: concatenate")
         require(self.bos != "none" or self.bos_token is None or self.exclude_bos, _unused("bos"))
         require(self.eos != "none" or self.eos_token is None or self.exclude_eos, _unused("eos"))
@@ -101,7 +124,7 @@ class TokenRules:
     def __post_init__(self) -> None:
         taken = 1 if self.bos == "window" else 0
         require(
-            self.context_size > taken + self.policy.exclude_first,
+            self.context_size > taken + self.policy.exclude_first + self.policy.exclude_last,
             f"context_size: windows of {self.context_size} tokens leave no position for text",
         )
 
@@ -111,6 +134,9 @@ class TokenRules:
         if self.excluded_ids:
             kept_RC &= ~torch.isin(tokens_RC, torch.tensor(self.excluded_ids))
         kept_RC[:, : self.policy.exclude_first] = False
+        if self.policy.exclude_last:
+            ends_R = attended_RC.sum(1, keepdim=True) - self.policy.exclude_last
+            kept_RC &= torch.arange(kept_RC.shape[1]) < ends_R
         return kept_RC
 
     def metadata(self) -> dict[str, Any]:
@@ -152,8 +178,9 @@ def resolve(policy: TokenPolicy, tokenizer: Any | None, context_size: int) -> To
                 f"tokens: {role}: {asked} needs a {role.upper()} token and the tokenizer has none; "
                 f"name one with {role}_token, or set {role}: none"
             )
-    bos = policy.bos if policy.bos != "auto" else ("none" if bos_id is None else "window")
+    bos = policy.bos if policy.bos != "auto" else ("none" if bos_id is None or policy.packing == "rows" else "window")
     excluded = {_token_id(token, tokenizer, "exclude_tokens") for token in policy.exclude_tokens}
+    excluded |= _special(policy.exclude_special_tokens, tokenizer)
     excluded |= {bos_id} if policy.exclude_bos and bos_id is not None else set[int]()
     excluded |= {eos_id} if policy.exclude_eos and eos_id is not None else set[int]()
     return TokenRules(
@@ -161,7 +188,7 @@ def resolve(policy: TokenPolicy, tokenizer: Any | None, context_size: int) -> To
         context_size=context_size,
         bos=bos,
         bos_id=None if bos == "none" else bos_id,
-        eos_id=None if policy.eos == "none" else eos_id,
+        eos_id=None if policy.eos == "none" or policy.packing == "rows" else eos_id,
         # Padding is masked by position, so any id of the vocabulary will do where there is no token for it.
         pad_id=next((token for token in (pad_id, eos_id, bos_id) if token is not None), 0),
         excluded_ids=tuple(sorted(excluded)),
@@ -174,6 +201,27 @@ def _role(asked: str | int | None, tokenizer: Any | None, field: str, attributes
     if tokenizer is None:
         return None
     return next((found for name in attributes if (found := getattr(tokenizer, name, None)) is not None), None)
+
+
+def _special(asked: bool | tuple[str, ...], tokenizer: Any | None) -> set[int]:
+    """Ids of all special tokens, or of those in the roles asked for."""
+    if not asked:
+        return set()
+    if tokenizer is None:
+        raise ConfigError(
+            "tokens: exclude_special_tokens needs a tokenizer that knows them; name ids in exclude_tokens"
+        )
+    if asked is True:
+        return set(tokenizer.all_special_ids)
+    known: dict[str, Any] = {role: getattr(tokenizer, f"{role}_token_id", None) for role in asked}
+    missing = [role for role, found in known.items() if not isinstance(found, int)]
+    if missing:
+        roles = [name.removesuffix("_token") for name in tokenizer.special_tokens_map if name.endswith("_token")]
+        raise ConfigError(
+            f"tokens: exclude_special_tokens: the tokenizer has no {missing[0]!r} token{did_you_mean(missing[0], roles)} "
+            f"(it has: {', '.join(roles) or 'none'})"
+        )
+    return set(known.values())
 
 
 def _token_id(token: str | int, tokenizer: Any | None, field: str) -> int:
@@ -194,11 +242,30 @@ def _token_id(token: str | int, tokenizer: Any | None, field: str) -> int:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a `WindowStream`: documents taken, how they are packed, and their tokens that no window has held yet."""
+
+    documents: int
+    packing: Packing | None
+    pending: list[list[int]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place as tensors and JSON values."""
+        return {
+            "documents": self.documents,
+            "packing": self.packing,
+            "ids": torch.tensor([token for row in self.pending for token in row], dtype=torch.int32),
+            "lengths": torch.tensor([len(row) for row in self.pending], dtype=torch.int32),
+        }
+
+
+@final
 class WindowStream:
     """Windows of a stream of documents, `rows` at a time (fewer at the end), as `rules` say.
 
-    Windows are `rules.context_size` long; with packing: document they are as long as the longest one beside them.
-    Documents without tokens are passed over. `state_dict` holds how many documents were taken and the tokens not yet
+    Windows are `rules.context_size` long; where each holds one document or row, they are as long as the longest one beside
+    them. Documents without tokens are passed over. `state_dict` holds how many documents were taken and the tokens not yet
     given out: a new stream over the same documents goes on from there without tokenising anything twice.
 
     >>> rules = resolve(TokenPolicy(bos_token=9), None, context_size=3)
@@ -222,9 +289,12 @@ class WindowStream:
         self._tokenizer = tokenizer
         self._taken = 0 if state is None else int(state["documents"])
         self._documents = islice(iter(documents), self._taken, None)
-        self._pending = _Stream(rules) if rules.policy.packing == "concatenate" else _Queue(rules)
+        self._packing: Packing | None = None if rules.policy.packing == "auto" else rules.policy.packing
+        if state is not None and state["packing"] is not None:
+            self._packing = state["packing"]
+        self._pending = _pending(self._packing or "concatenate", rules)
         if state is not None:
-            self._pending.restore(state["pending"])
+            self._pending.restore([part.tolist() for part in state["ids"].split(state["lengths"].tolist())])
 
     def __iter__(self) -> Iterator[Windows]:
         return self
@@ -234,15 +304,22 @@ class WindowStream:
             batch = list(islice(self._documents, DOCUMENTS_AT_ONCE))
             if not batch:
                 return self._last()
+            if self._packing is None:
+                self._packing = _packing_of(batch, self._rules)
+                self._pending = _pending(self._packing, self._rules)
             self._taken += len(batch)
             for ids in self._encode(batch):
                 if ids:
                     self._pending.add(ids)
         return self._windows(self._pending.cut(self._rows))
 
+    def mark(self) -> Mark:
+        """Where the stream stands; a copy that stays right when the stream moves on."""
+        return Mark(self._taken, self._packing, self._pending.save())
+
     def state_dict(self) -> dict[str, Any]:
         """Documents taken, and the tokens of them that no window has held yet."""
-        return {"documents": self._taken, "pending": self._pending.save()}
+        return self.mark().state_dict()
 
     def _last(self) -> Windows:
         rows = self._pending.cut(self._rows, last=True)
@@ -251,16 +328,20 @@ class WindowStream:
         return self._windows(rows)
 
     def _encode(self, documents: list[Document]) -> list[list[int]]:
-        """Token ids of every document, without special tokens."""
-        texts = [document for document in documents if isinstance(document, str)]
-        if not texts:
-            return [list(document) for document in documents if not isinstance(document, str)]
-        if self._tokenizer is None:
+        """Token ids of every document, without the special tokens that the policy puts in itself."""
+        texts = [_as_text(document, self._tokenizer) for document in documents]
+        strings = [text for text in texts if text is not None]
+        if strings and self._tokenizer is None:
             raise DataError("text: documents are text and there is no tokenizer to turn them into token ids")
-        if len(texts) < len(documents):
-            raise DataError("text: some documents are text and some are lists of token ids")
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
+        if strings and self._packing == "rows":
+            raise DataError("text: packing: rows is for documents that are token ids, and here is text")
+        encoded = iter(_tokenized(strings, self._tokenizer))
+        found: list[list[int]] = []
+        for document, text in zip(documents, texts, strict=True):
+            ids = next(encoded) if text is not None else _ids_of(document)
+            is_plain = isinstance(document, str) or self._packing == "rows"
+            found.append(list(ids) if is_plain else _without_ends(ids, self._rules))
+        return found
 
     def _windows(self, rows: list[list[int]]) -> Windows:
         length = self._rules.context_size if isinstance(self._pending, _Stream) else max(map(len, rows))
@@ -268,6 +349,68 @@ class WindowStream:
         lengths_R = torch.tensor([len(row) for row in rows])
         attended_RC = torch.arange(length) < lengths_R.unsqueeze(1)
         return Windows(tokens_RC, attended_RC, self._rules.kept(tokens_RC, attended_RC))
+
+
+def _pending(packing: Packing, rules: TokenRules) -> _Stream | _Queue:
+    if packing == "concatenate":
+        return _Stream(rules)
+    return _Queue(rules, as_they_are=packing == "rows")
+
+
+def _packing_of(documents: list[Document], rules: TokenRules) -> Packing:
+    """What packing: auto comes to, judged by the first documents; said where it may surprise."""
+    rows = [document for document in documents if not isinstance(document, str | Chat)]
+    if len(rows) < len(documents):
+        return "concatenate"
+    size = rules.context_size
+    whole = all((row.length if isinstance(row, TokenRow) else len(row)) == size for row in rows)
+    begun = [_ids_of(row)[:1] == [rules.bos_id] for row in rows]
+    if whole and (rules.bos_id is None or all(begun)):
+        log.info("text: rows of token ids have the context's length of %d and stay whole, as they are", size)
+        return "rows"
+    if whole or any(begun):
+        why = "do not begin with the BOS that is asked for" if whole else f"are not as long as the context, {size}"
+        log.warning(
+            "text: rows of token ids %s: they are joined end to end and cut into new windows%s; set packing: rows to keep "
+            "each as it is",
+            why,
+            ", and the BOS at the start of each is taken off" if any(begun) else "",
+        )
+    return "concatenate"
+
+
+def _as_text(document: Document, tokenizer: Any | None) -> str | None:
+    """The text of a document or conversation; None for token ids."""
+    if isinstance(document, str):
+        return document
+    if not isinstance(document, Chat):
+        return None
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("text: documents are conversations, and there is no tokenizer with a chat template for them")
+    from jinja2 import TemplateError  # what templates raise with; comes with transformers
+
+    try:
+        return tokenizer.apply_chat_template(document.messages, tokenize=False)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        roles = ", ".join(str(message["role"]) for message in document.messages)
+        raise DataError(f"text: the chat template refuses a conversation (roles: {roles}): {error}") from error
+
+
+def _tokenized(texts: list[str], tokenizer: Any | None) -> list[list[int]]:
+    if not texts or tokenizer is None:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _ids_of(document: Document) -> Sequence[int]:
+    return document.ids if isinstance(document, TokenRow) else cast("Sequence[int]", document)
+
+
+def _without_ends(ids: Sequence[int], rules: TokenRules) -> list[int]:
+    """The ids without a BOS at the start and an EOS at the end, where the policy puts these in itself."""
+    start = 1 if rules.bos_id is not None and ids and ids[0] == rules.bos_id else 0
+    stop = len(ids) - (1 if rules.eos_id is not None and len(ids) > start and ids[-1] == rules.eos_id else 0)
+    return list(ids[start:stop])
 
 
 @final
@@ -304,22 +447,25 @@ class _Stream:
         return [self._ids[self._start :]]
 
     def restore(self, saved: list[list[int]]) -> None:
-        self._ids = list(saved[0])
+        self._ids = list(saved[0]) if saved else []
 
 
 @final
 class _Queue:
-    """Every document by itself, in as many windows as it needs."""
+    """Every document by itself, in as many windows as it needs; rows of token ids without a token more."""
 
-    def __init__(self, rules: TokenRules) -> None:
+    def __init__(self, rules: TokenRules, *, as_they_are: bool) -> None:
         self._rules = rules
+        self._as_they_are = as_they_are
         self._bos = [] if rules.bos_id is None else [rules.bos_id]
         self._eos = [] if rules.eos_id is None else [rules.eos_id]
         self._waiting: deque[list[int]] = deque()
 
     def add(self, ids: Sequence[int]) -> None:
         size = self._rules.context_size
-        if self._rules.bos != "window":
+        if self._as_they_are:
+            windows = [list(ids[start : start + size]) for start in range(0, len(ids), size)]
+        elif self._rules.bos != "window":
             whole = [*self._bos, *ids, *self._eos]
             windows = [whole[start : start + size] for start in range(0, len(whole), size)]
         else:
