@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast
+from typing import Any, ClassVar, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from sae_core.config import option, require, structure
 from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_core.normalization import Normalization, NormalizationName, Units
 from sae_core.protocols import ActivationBatch
-
-if TYPE_CHECKING:
-    from sae_core.check import CheckReport
 
 __all__ = [
     "SAE",
@@ -377,16 +374,6 @@ class SAE(nn.Module, ABC, Generic[ConfigT_co]):
         return load_pretrained(
             release, sae_id, device=device, dtype=dtype, revision=revision, overrides=overrides, rows=rows
         )
-
-    def check(self, model: nn.Module, tokens: Tensor, **options: Any) -> CheckReport:
-        """Run `model` on `tokens` (batch, positions) and raise CheckError if this SAE cannot belong to it.
-
-        The activations at the SAE's hook point are encoded and decoded, and explaining next to none of their variance is an
-        error; see `sae_core.check.check` for the options. ``sae_pretrained.check(sae, model)`` brings tokens of its own.
-        """
-        from sae_core.check import check
-
-        return check(self, model, tokens, **options)
 
     def _restore(self, y_RO: Tensor, prepared: Prepared) -> Tensor:
         if self.reconstructs_input:
