@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "packages").glob("*/README.md")])
-RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "long-runs.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import yaml
 from sae_core import SAE
+from sae_core.cli import main
 from sae_core.config import structure
 from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
 from sae_core.errors import ConfigError, DataError, FormatError
@@ -40,14 +38,29 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from sae_core.cli import main; sys.exit(main())", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "SAE_CORE_PLUGINS": "core", **environment},
-    )  # fmt: skip
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_the_train_command_leaves_an_sae_a_log_and_the_run_with_every_default(run_file: Path) -> None:
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command line, in this process."""
+
+    def run(*arguments: str | Path) -> Done:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+Command = Callable[..., Done]
+
+
+def test_the_train_command_leaves_an_sae_a_log_and_the_run_with_every_default(run_file: Path, command: Command) -> None:
     done = command("train", run_file, "--set", "sae.k=3", "--set", "train.total_samples=3000")
     assert done.returncode == 0, done.stderr
     out = run_file.parent / "out"
@@ -82,7 +95,7 @@ def test_an_output_that_holds_an_sae_is_not_overwritten_unless_asked(run_file: P
     execute(run, overwrite=True)
 
 
-def test_bad_activations_stop_the_run_and_what_was_learnt_is_kept(run_file: Path) -> None:
+def test_bad_activations_stop_the_run_and_what_was_learnt_is_kept(run_file: Path, command: Command) -> None:
     bad = ROWS.clone()
     bad[2500, 3] = torch.nan
     save_file({"activations": bad}, run_file.parent / "data" / "a.safetensors")
@@ -94,21 +107,21 @@ def test_bad_activations_stop_the_run_and_what_was_learnt_is_kept(run_file: Path
     assert SAE.load(run_file.parent / "out" / "interrupted").W_dec.isfinite().all()
 
 
-def test_a_source_that_ends_early_is_said_in_the_summary(run_file: Path) -> None:
+def test_a_source_that_ends_early_is_said_in_the_summary(run_file: Path, command: Command) -> None:
     done = command("train", run_file, "--set", "train.total_samples=100000000", "--set", "source.epochs=1")
     assert done.returncode == 0, done.stderr
     assert "of 100,000,000: the source ended" in done.stdout
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99"])
-def test_a_device_that_is_not_there_is_one_error(run_file: Path, device: str) -> None:
+def test_a_device_that_is_not_there_is_one_error(run_file: Path, command: Command, device: str) -> None:
     done = command("train", run_file, "--set", f"device={device}")
     assert done.returncode == 1
     assert f"device '{device}' cannot be used here" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file: Path) -> None:
+def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file: Path, command: Command) -> None:
     done = command("train", run_file, "--set", "train.lr=1e30", "--set", "train.grad_clip_norm=null")
     assert done.returncode == 1
     assert "training diverged" in done.stderr
@@ -116,23 +129,6 @@ def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file:
     assert "cannot be kept" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run_file.parent / "out" / "cfg.json").exists()
-
-
-def test_ctrl_c_keeps_what_was_learnt(run_file: Path) -> None:
-    arguments = ["train", str(run_file), "--set", "source.epochs=100000", "--set", "train.total_samples=100000000"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from sae_core.cli import main; sys.exit(main())", *arguments],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "SAE_CORE_PLUGINS": "core"},
-    )  # fmt: skip
-    log = run_file.parent / "out" / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in errors
-    assert SAE.load(run_file.parent / "out" / "interrupted").W_dec.isfinite().all()
 
 
 @pytest.mark.parametrize(

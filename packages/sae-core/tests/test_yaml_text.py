@@ -15,17 +15,22 @@ from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
     ("text", "number"),
     [
         ("1e-4", 1e-4),
-        ("3E5", 3e5),
-        ("-2e+3", -2000.0),
-        ("+.5e1", 5.0),
-        ("1.e2", 100.0),
-        ("1.5e3", 1500.0),
+        ("3E5", 300_000),
+        ("-2e+3", -2000),
+        ("+.5e1", 5),
+        ("1.e2", 100),
+        ("1.5e3", 1500),
+        ("1.5e0", 1.5),
+        ("2.0", 2.0),
+        ("1e400", float("inf")),
         ("1.0e-4", 1e-4),
     ],
 )
-def test_numbers_with_an_exponent_are_numbers(text: str, number: float) -> None:
+def test_numbers_with_an_exponent_are_numbers_and_whole_where_they_have_no_fraction(
+    text: str, number: int | float
+) -> None:
     assert parse_yaml(text) == number
-    assert isinstance(parse_yaml(text), float)
+    assert type(parse_yaml(text)) is type(number)
 
 
 @pytest.mark.parametrize("text", ["e5", "1e", "1e5x", "layer1e5", "1e-4-5", "'1e-4'", "v1.2e3"])

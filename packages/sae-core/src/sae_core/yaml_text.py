@@ -1,13 +1,15 @@
 """YAML as people write it in run files and after ``--set``.
 
 Two things differ from PyYAML's safe loader. A key given twice in one mapping is an error, where PyYAML keeps the last one in
-silence. And ``1e-4`` is a number, as YAML 1.2 and every programming language have it, where PyYAML reads a string.
+silence. And ``1e-4`` is a number, as YAML 1.2 and every programming language have it, where PyYAML reads a string; ``1e5``
+and ``1.5e6``, which have no fraction, are whole ones.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, final
 
 import yaml
@@ -18,10 +20,19 @@ __all__ = ["parse_yaml", "set_by_override", "to_yaml"]
 
 # YAML 1.2's numbers that PyYAML, which knows 1.1, takes for strings: an exponent without a dot or without a sign.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_EXPONENT = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)e\+?[0-9]+$")
 
 
 @final
 class _Loader(yaml.SafeLoader):
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        text = str(node.value).replace("_", "").lower()
+        if _EXPONENT.match(text):
+            exact = Decimal(text)
+            if exact == exact.to_integral_value() and abs(exact) <= 2**53:  # beyond, floats are written so, too
+                return int(exact)
+        return super().construct_yaml_float(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -40,9 +51,16 @@ class _Loader(yaml.SafeLoader):
 
 @final
 class _Dumper(yaml.SafeDumper):
-    """Puts text that resembles such a number in quotes."""
+    """Puts text that resembles such a number in quotes, and escapes line ends that it would take for spaces when reading."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    unusual = any(end in text for end in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if unusual else None)
+
+
+_Dumper.add_representer(str, _text)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
@@ -57,8 +75,8 @@ def parse_yaml(text: str) -> Any:
     Raises ConfigError for text that is not YAML, tags that would construct objects, and keys given twice. The message names
     the line, not the file, which the caller knows.
 
-    >>> parse_yaml("{lr: 1e-4, k: 32}")
-    {'lr': 0.0001, 'k': 32}
+    >>> parse_yaml("{lr: 1e-4, k: 32, samples: 1e5, half: 5e-1}")
+    {'lr': 0.0001, 'k': 32, 'samples': 100000, 'half': 0.5}
     """
     try:
         return yaml.load(text, _Loader)

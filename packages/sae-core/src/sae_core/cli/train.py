@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import ClassVar, final
+import sys
+from typing import TYPE_CHECKING, ClassVar, final
+
+if TYPE_CHECKING:
+    from sae_core.run import RunConfig
 
 __all__ = ["Train"]
 
@@ -16,7 +20,7 @@ class Train:
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("run", metavar="RUN.yaml", help="the run file")
+        parser.add_argument("run", metavar="RUN.yaml", nargs="?", help="the run file; not needed with --resume OUTPUT")
         parser.add_argument(
             "--set",
             dest="overrides",
@@ -26,16 +30,32 @@ class Train:
             help="change one setting of the run file, say train.lr=0.001; may be repeated",
         )
         parser.add_argument(
-            "--overwrite", action="store_true", help="replace an SAE that is already in the output folder"
+            "--overwrite",
+            action="store_true",
+            help="replace the run that is already in the output folder, once the new one has ended well",
+        )
+        parser.add_argument(
+            "--resume",
+            metavar="OUTPUT",
+            nargs="?",
+            const="",
+            help="go on with the run in the output folder, from its newest checkpoint; without one, start it",
+        )
+        parser.add_argument(
+            "--force", action="store_true", help="resume in spite of differences that change the numbers"
         )
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, save, and say what came out and where it is."""
         from sae_core.cli.tables import table
-        from sae_core.run import execute, read_run
+        from sae_core.run import RunStopped, execute
 
-        run = read_run(args.run, args.overrides)
-        result = execute(run, overwrite=args.overwrite)
+        run = _run_of(args)
+        try:
+            result = execute(run, overwrite=args.overwrite, resume=args.resume is not None, force=args.force)
+        except RunStopped as stopped:
+            print(f"sae-core: {stopped}", file=sys.stderr)
+            return 128 + stopped.signal
         last = result.history[-1]
         planned = run.train.total_samples
         ended = "" if result.samples >= planned else f" of {planned:,}: the source ended"
@@ -47,7 +67,6 @@ class Train:
                 [
                     ["samples", f"{result.samples:,}{ended}"],
                     ["seconds", f"{result.seconds:.1f}"],
-                    ["samples/s", f"{result.samples / result.seconds:,.0f}"],
                     *([label, _number(last[key], form)] for label, key, form in measured),
                     ["dead latents", _number(last["dead_fraction"], ".2%", unknown=dead)],
                 ],
@@ -55,6 +74,27 @@ class Train:
         )
         print(f"\nThe SAE is in {run.output} (with run.yaml and log.jsonl).")
         return 0
+
+
+def _run_of(args: argparse.Namespace) -> RunConfig:
+    """The run file with its overrides; with ``--resume OUTPUT`` the one that the output folder keeps."""
+    from pathlib import Path
+
+    from sae_core.errors import ConfigError
+    from sae_core.run import kept_run_file, read_run
+
+    if args.resume is not None and args.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them")
+    if args.force and args.resume is None:
+        raise ConfigError("--force belongs to --resume")
+    if args.run is None and not args.resume:
+        raise ConfigError("give a run file, or --resume and the output folder of a run")
+    if args.run is None:
+        return read_run(kept_run_file(Path(str(args.resume))), args.overrides)
+    run = read_run(args.run, args.overrides)
+    if args.resume and Path(args.resume).absolute() != run.output.absolute():
+        raise ConfigError(f"--resume {args.resume}: the run file's output is {run.output}")
+    return run
 
 
 def _number(value: float | None, form: str, unknown: str = "not known") -> str:

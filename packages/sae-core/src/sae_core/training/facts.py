@@ -56,7 +56,7 @@ def version_facts(sae: SAE) -> dict[str, Any]:
     return {
         "sae-core": __version__,
         "torch": torch.__version__,
-        sae.architecture: f"{provider.distribution} {provider.version}",
+        "architecture": f"{provider.distribution} {provider.version}",
     }
 
 

@@ -179,9 +179,12 @@ class Learner:
         self._load_weights(state["weights"])
         device = self.sae.device
         for (name, _), view in zip(self.sae.named_parameters(), self._parameters, strict=True):
-            saved = state["optimizer"].get(name, {})
-            if saved:
-                self.optimizer.state[view.contiguous] = {key: value.to(device) for key, value in saved.items()}
+            moments = state["optimizer"].get(name, {})
+            if moments:  # the count of steps keeps its type, the others have the parameter's
+                self.optimizer.state[view.contiguous] = {
+                    key: value.to(device, view.contiguous.dtype if value.dim() else value.dtype)
+                    for key, value in moments.items()
+                }
         self.window.load_state_dict(state["window"])
         self.dead.samples_since_fired.copy_(state["silent_samples"])
         self._dead_indices, self._bad_since, self._first_error = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, final
@@ -36,18 +37,23 @@ class JsonlLogger:
         self._file: TextIO | None = None  # opened by the first record
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
-        """Append `record`."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append `record`. Raises FormatError when the disk refuses."""
+        line = json.dumps(dict(record), allow_nan=False) + "\n"
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise FormatError(f"{self._path}: the log cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the file; another record would open it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what could not be flushed was reported by `log`
+                file.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The length of the file, which is on the disk when this returns."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, final
@@ -23,8 +25,9 @@ import torch
 
 from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, Stream, rows_of
-from sae_core.errors import ConfigError, DataError, FormatError, ShapeError
+from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError, ShapeError
 from sae_core.ops import memory
+from sae_core.plugins import PluginWarning
 from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
 from sae_core.sae import SAE, StepOutput, create
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
@@ -110,7 +113,9 @@ class Trainer:
         }
         self.learners = {name: Learner(sae, configs[name]) for name, sae in named.items()}
         self.dropped: dict[str, str] = {}
-        self._initial = {name: unstructure(sae.config) for name, sae in named.items()}
+        self._initial = {
+            name: {"architecture": sae.architecture, **unstructure(sae.config)} for name, sae in named.items()
+        }
         require(
             checkpoints is not None or self._shared.checkpoint_every_samples is None,
             "checkpoint_every_samples: give the folder for checkpoints, Trainer(..., checkpoints=...)",
@@ -126,9 +131,7 @@ class Trainer:
     @property
     def learner(self) -> Learner:
         """The only learner. Raises ConfigError where there are several."""
-        if len(self.learners) != 1:
-            raise ConfigError(f"several SAEs are trained: {', '.join(self.learners)}; use trainer.learners[name]")
-        return next(iter(self.learners.values()))
+        return self.learners[self._only()]
 
     @property
     def sae(self) -> SAE:
@@ -174,6 +177,11 @@ class Trainer:
         """Whether the last `fit` ended because of `stop`."""
         return self._stop
 
+    @property
+    def finished(self) -> bool:
+        """Whether every dictionary has been trained on its `total_samples`, or was dropped."""
+        return not self._active()
+
     # Training.
 
     def fit(self) -> TrainResult:
@@ -181,9 +189,19 @@ class Trainer:
 
         Raises DataError for a bad batch or an empty source; the SAE then holds what it had learnt before.
         """
-        learner = self.learner
-        results = self.fit_all()
-        return next(results[name] for name, each in self.learners.items() if each is learner)
+        name = self._only()
+        return self.fit_all()[name]
+
+    def result(self) -> TrainResult:
+        """What has come out so far, of the only SAE."""
+        return self.results()[self._only()]
+
+    def results(self, seconds: float = 0.0) -> dict[str, TrainResult]:
+        """What has come out so far, by name."""
+        return {
+            name: TrainResult(each.sae.eval(), each.history, each.samples, seconds, self.dropped.get(name))
+            for name, each in self.learners.items()
+        }
 
     def fit_all(self) -> dict[str, TrainResult]:
         """`fit` for every dictionary, by name. One that diverges among several is dropped, and the others go on."""
@@ -196,7 +214,6 @@ class Trainer:
             raise ConfigError(f"there is nothing left to train: {self.samples} samples are done; raise total_samples")
         started = time.perf_counter()
         self._stop = False
-        before = self.steps
         try:
             with self._progress_bar() as bar:
                 self._initialise(bar)
@@ -206,20 +223,18 @@ class Trainer:
                     self._flush(name)
         finally:
             self._end()
-        if self.steps == before and not self._stop:
-            raise DataError(
-                "the source gave no batch: there is nothing to train on"
-                if not before
-                else f"the source gave no more batches after {self.samples} samples"
-            )
+        if not self.steps and not self._stop:
+            raise DataError("the source gave no batch: there is nothing to train on")
         if not self._stop:
             for name in self.learners:
                 self._record_provenance(name)
-        seconds = time.perf_counter() - started
-        return {
-            name: TrainResult(each.sae, each.history, each.samples, seconds, self.dropped.get(name))
-            for name, each in self.learners.items()
-        }
+        return self.results(time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Close the loggers; `fit` does so when it has ended, unless it was stopped and may go on."""
+        for name, logger in {id(each): (name, each) for name, some in self.loggers.items() for each in some}.values():
+            with self._forgiving(name, logger):
+                logger.close()
 
     def stop(self) -> None:
         """Have `fit` end after the step that is running; may be called from a callback or a signal handler."""
@@ -230,7 +245,7 @@ class Trainer:
         learner = self.learner
         if learner.finished:
             raise ConfigError(f"total_samples: {learner.config.total_samples} samples have been trained on already")
-        return self._step(next(iter(self.learners)), batch)
+        return self._step(self._only(), batch)
 
     # Saving.
 
@@ -341,6 +356,11 @@ class Trainer:
 
     # Parts of the loop.
 
+    def _only(self) -> str:
+        if len(self.learners) != 1:
+            raise ConfigError(f"several SAEs are trained: {', '.join(self.learners)}; use fit_all and learners[name]")
+        return next(iter(self.learners))
+
     def _active(self) -> list[str]:
         return [name for name, each in self.learners.items() if not each.finished and name not in self.dropped]
 
@@ -353,10 +373,14 @@ class Trainer:
 
         def enough(batches: Sequence[Batch]) -> bool:
             rows = sum(rows_of(batch, width) for batch in batches)
+            if self._stop:
+                return True
             bar.set_postfix_str(f"looking at the first samples, {rows:,} of {most:,}", refresh=True)
             return rows >= most
 
         first = self.stream.peek(enough)
+        if self._stop:  # before all of it was seen
+            return
         bar.set_postfix_str("starting b_dec and the normalisation", refresh=True)
         for learner in waiting:
             learner.initialise(first)
@@ -400,9 +424,27 @@ class Trainer:
             self.dropped[name] = str(error)
             return None
         if record is not None:
-            for logger in self.loggers[name]:
-                logger.log(record)
+            for logger in list(self.loggers[name]):
+                with self._forgiving(name, logger):
+                    logger.log(record)
         return record
+
+    @contextmanager
+    def _forgiving(self, name: str, logger: Logger) -> Generator[None]:
+        """A logger that fails is reported once and left out; where our own log cannot be written, the run ends."""
+        try:
+            yield
+        except SaeCoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it may be anything, and days of training are worth more
+            if logger in self.loggers[name]:
+                self.loggers[name].remove(logger)
+            what = f"{type(logger).__module__}.{type(logger).__qualname__}"
+            warnings.warn(
+                f"the logger {what} failed and is left out from here on: {type(error).__name__}: {error}",
+                PluginWarning,
+                stacklevel=2,
+            )
 
     def _checkpoint_is_due(self) -> bool:
         if self._checkpoints is None:
@@ -422,15 +464,20 @@ class Trainer:
             learner.sae.eval()
         memory.forget()
         if self._ended:
-            for logger in {id(logger): logger for each in self.loggers.values() for logger in each}.values():
-                logger.close()
+            self.close()
 
     def _facts(self) -> dict[str, Any]:
         return {
             "source": source_facts(self.source),
-            "train": {name: config_facts(each.config) for name, each in self.learners.items()},
-            "versions": {name: version_facts(each.sae) for name, each in self.learners.items()},
+            "train": self._of_each(lambda each: config_facts(each.config)),
+            "precision": self._of_each(lambda each: f"{each.sae.dtype} on {each.sae.device.type}"),
+            "versions": self._of_each(lambda each: version_facts(each.sae)),
         }
+
+    def _of_each(self, fact: Callable[[Learner], Any]) -> Any:
+        if list(self.learners) == [""]:
+            return fact(self.learners[""])
+        return {name: fact(each) for name, each in self.learners.items()}
 
     def _progress_bar(self) -> Any:
         from tqdm.auto import tqdm
