@@ -70,3 +70,47 @@ def test_what_cannot_be_loaded_is_one_clear_error(tmp_path: Path, saved_model: P
         place("cuda:77")
     with pytest.raises(ConfigError, match="device 'gpu' cannot be used here"):
         place("gpu")
+
+
+def test_a_local_path_that_is_not_there_is_no_question_for_the_hub(saved_model: Path) -> None:
+    for name in ("./nowhere", "/nowhere/at/all", "runs/of/mine", str(saved_model.parent / "modell0")):
+        with pytest.raises(ConfigError, match="there is no such folder"):
+            locate(name)
+    with pytest.raises(ConfigError, match=f"did you mean '{saved_model.name}'"):
+        locate(str(saved_model.parent / (saved_model.name + "x")))
+
+
+def test_a_model_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError("You are trying to access a gated repo. 401 Client Error")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(
+        ConfigError, match=r"'some/model' cannot be loaded: .*gated repo.*; ask for access on the model's page"
+    ):
+        load("some/model", with_tokenizer=False, device="cpu")
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("We couldn't connect to the Hub")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match="fetch the model once while online, or name a local folder"):
+        load("some/model", with_tokenizer=False, device="cpu")
+
+
+def test_options_reach_from_pretrained_and_a_placed_model_is_not_moved(
+    saved_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    loaded = load(str(saved_model), device="cpu", with_tokenizer=False, options={"attn_implementation": "eager"})
+    assert loaded.model.config._attn_implementation == "eager"
+    moved: list[Any] = []
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda self, *args: moved.append(args) or self)
+    monkeypatch.setattr(LlamaForCausalLM, "hf_device_map", {"": "cpu"}, raising=False)
+    load(str(saved_model), device="cpu", with_tokenizer=False)
+    assert moved == []
+    with pytest.raises(ConfigError, match="cannot be loaded: TypeError"):
+        load(str(saved_model), device="cpu", with_tokenizer=False, options={"no_such_option": 1})

@@ -56,7 +56,7 @@ def test_it_is_what_the_core_asks_for(make_source: Callable[..., HuggingFaceSour
     source = make_source()
     assert isinstance(source, ActivationSource)
     assert isinstance(source, HasMetadata)
-    assert isinstance(source, Resumable)
+    assert isinstance(source.batches(8), Resumable)
     assert source.d_in == 32
     assert HuggingFaceSource.config_class is HuggingFaceSourceConfig
 
@@ -157,7 +157,7 @@ def test_cached_passes_give_the_same_bits_as_running_the_model_again(
     monkeypatch.setattr(cached, "activations", counted)
     expected = all_rows(live)
     assert torch.equal(all_rows(cached), expected)
-    assert runs == once + 1  # and the one token that tells the width
+    assert runs == once
     half = make_source(epochs=2, cache_activations=True, activation_dtype="bfloat16")
     assert torch.equal(all_rows(half), all_rows(make_source(epochs=2, activation_dtype="bfloat16")))
     assert all_rows(half).dtype == torch.bfloat16
@@ -213,11 +213,11 @@ def test_a_resumed_source_gives_exactly_the_batches_that_were_left(
     batches = source.batches(16)
     for _ in range(stop):
         next(batches)
-    state = source.state_dict()
+    state = batches.state_dict()
     rest = list(batches)
-    resumed = make_source(**settings)
+    resumed = make_source(**settings).batches(16)
     resumed.load_state_dict(state)
-    again = list(resumed.batches(16))
+    again = list(resumed)
     assert len(again) == len(rest) > 0
     assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
 
@@ -237,6 +237,7 @@ def test_the_metadata_say_everything_and_rebuild_the_source(
     assert ours["hook_point"] == {
         "module": "model.layers.1", "at": "output", "transformer_lens": "blocks.1.hook_resid_post"
     }  # fmt: skip
+    assert ours["sites"] == {"model.layers.1": ours["hook_point"]}
     assert ours["tokens"]["resolved"]["bos_id"] == 0
     rebuilt = HuggingFaceSource.from_metadata(metadata, device="cpu")
     assert rebuilt.config == structure({**unstructure(source.config), "device": "cpu"}, HuggingFaceSourceConfig)
@@ -277,6 +278,33 @@ def bert() -> Any:
     return BertModel(small).eval()
 
 
+def qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    small = Qwen3Config(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(small).eval()
+
+
+def gemma3() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    small = Gemma3TextConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, sliding_window=8, pad_token_id=2,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(small).eval()
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    small = T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=2)
+    return T5ForConditionalGeneration(small).eval()
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Embedding(259, 24), nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
 
@@ -302,6 +330,10 @@ class Heads(nn.Module):
         (gpt2, "transformer.h.1.attn", 32, "blocks.1.hook_attn_out"),
         (gpt2, "transformer.h.0.mlp.act", 128, None),
         (bert, "encoder.layer.1", 32, None),
+        (qwen3, "model.layers.1.mlp", 32, "blocks.1.hook_mlp_out"),
+        (gemma3, "model.layers.0", 32, "blocks.0.hook_resid_post"),
+        (t5, "encoder.block.1.layer.1", 32, None),
+        (t5, "decoder.block.0", 32, None),
         (bert, "encoder.layer.0.attention.self", 32, None),
         (plain, "2", 40, None),
         (Heads, "split", 12, None),

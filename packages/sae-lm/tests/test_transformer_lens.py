@@ -127,3 +127,18 @@ def test_steering_reaches_every_token_that_a_transformer_lens_model_generates(bu
     latent = torch.cat([codes.to_dense()[..., 3] for codes in passes], dim=1)
     assert (latent[:, 5:] >= 30).all()
     assert (latent[:, :5] < 30).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bridge_is_loaded_by_name_and_gives_its_activations(saved_model: Path, llama: Any) -> None:
+    settings = {
+        "model": str(saved_model), "model_class": "TransformerBridge", "hook": "blocks.1.hook_resid_post", "device": "cpu",
+        "context_size": 16, "batch_prompts": 2, "buffer_rows": 64,
+    }  # fmt: skip
+    source = HuggingFaceSource(structure(settings, HuggingFaceSourceConfig))
+    windows = next(source.windows("train"))
+    with torch.no_grad():
+        expected = llama(windows.tokens, output_hidden_states=True).hidden_states[2][windows.kept]
+    assert torch.allclose(source.activations(windows), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="16384 tokens are beyond the 128 positions"):
+        _ = HuggingFaceSource(structure({**settings, "context_size": 16384}, HuggingFaceSourceConfig)).d_in

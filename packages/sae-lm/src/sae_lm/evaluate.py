@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sae_lm.hooks import HookPoint, capture, replaced
+from sae_lm.inputs import flatten_positions, model_inputs
 from sae_lm.model import next_token_logits
-from sae_lm.source import HuggingFaceSource, flatten_positions, model_inputs
+from sae_lm.source import HuggingFaceSource
 from sae_lm.text import Part
 from sae_lm.tokens import TokenRules, Windows
 

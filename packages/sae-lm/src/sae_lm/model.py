@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -23,6 +24,7 @@ __all__ = ["LanguageModel", "ModelFiles", "load", "load_tokenizer", "locate", "n
 
 NO_TOKENIZER = "none"
 HOOKED_TRANSFORMER = "HookedTransformer"
+TRANSFORMER_BRIDGE = "TransformerBridge"
 
 
 @final
@@ -37,7 +39,13 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs belong."""
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        embeddings: Any = getattr(self.model, "get_input_embeddings", None)
+        try:
+            table = embeddings() if callable(embeddings) else None
+        except (AttributeError, NotImplementedError):  # a model without one table for all its inputs
+            table = None
+        of: nn.Module = table if isinstance(table, nn.Module) else self.model
+        return next((parameter.device for parameter in of.parameters()), torch.device("cpu"))
 
     @property
     def model_type(self) -> str | None:
@@ -70,6 +78,10 @@ def locate(name: str) -> ModelFiles:
         path, version = Path(name).expanduser(), None
         if path.suffix == ".gguf" and not path.is_file():
             raise ConfigError(f"model {name!r}: there is no such file")
+    is_local = name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2
+    if is_local and not path.exists():
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        raise ConfigError(f"model {name!r}: there is no such folder{near}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"model {name!r} is a file, but not a .gguf file; name the folder that holds the model")
@@ -121,16 +133,18 @@ def load(
     device: str = "auto",
     tokenizer: str | None = None,
     with_tokenizer: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a model for reading activations.
 
     `dtype` is a torch dtype's name, or ``auto`` for that of the checkpoint; `device` ``auto`` is a CUDA device where there
     is one. `tokenizer` names another place to take the tokenizer from, or ``none``; `with_tokenizer` False loads the model
-    alone. Raises ConfigError when transformers
-    cannot load what is asked for, MissingDependencyError when a GGUF file needs libraries that are not installed.
+    alone. `options` are more arguments for ``from_pretrained``; a model that they spread over devices (``device_map``), or
+    one that is quantised, is left where it is. Raises ConfigError when transformers cannot load what is asked for,
+    MissingDependencyError when a GGUF file needs libraries that are not installed.
     """
-    if model_class == HOOKED_TRANSFORMER:
-        return _load_hooked(name, revision, dtype, device, tokenizer)
+    if model_class in (HOOKED_TRANSFORMER, TRANSFORMER_BRIDGE):
+        return _load_hooked(name, model_class, revision, dtype, device, tokenizer, options or {})
     import transformers
 
     factory: Any = getattr(transformers, model_class, None)
@@ -150,12 +164,14 @@ def load(
         tokens = load_tokenizer(name, revision=revision, model_class=model_class, tokenizer=tokenizer)
     try:
         model: Any = factory.from_pretrained(
-            files.place, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **arguments
+            files.place, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **arguments, **(options or {})
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ConfigError(_cannot_load(name, error)) from error
+    if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
+        model = model.to(at)
     commit = getattr(model.config, "_commit_hash", None)
-    return LanguageModel(model.to(at).eval().requires_grad_(False), tokens, commit or files.version or revision)
+    return LanguageModel(model.eval().requires_grad_(False), tokens, commit or files.version or revision)
 
 
 def load_tokenizer(
@@ -169,8 +185,9 @@ def load_tokenizer(
         return None
     import transformers
 
+    if model_class in (HOOKED_TRANSFORMER, TRANSFORMER_BRIDGE):
+        require(tokenizer is None, f"tokenizer: {model_class} brings its own; leave it out")
     if model_class == HOOKED_TRANSFORMER:
-        require(tokenizer is None, "tokenizer: HookedTransformer brings its own; leave it out")
         name = _official_name(name)
     files = locate(name if tokenizer is None else tokenizer)
     arguments: dict[str, Any] = {}
@@ -182,9 +199,9 @@ def load_tokenizer(
     try:
         return transformers.AutoTokenizer.from_pretrained(files.place, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        what = f"model {name!r} cannot be loaded: its tokenizer" if tokenizer is None else f"tokenizer {tokenizer!r}"
+        what = name if tokenizer is None else tokenizer
         raise ConfigError(
-            f"{what}: {type(error).__name__}: {error} (with tokenizer: none, documents are token ids)"
+            f"{_cannot_load(what, error)} (its tokenizer; with tokenizer: none, documents are token ids)"
         ) from error
 
 
@@ -193,34 +210,65 @@ def _official_name(name: str) -> str:
     try:
         from transformer_lens.loading_from_pretrained import get_official_model_name
     except ImportError as error:
-        raise _needs_transformer_lens(error) from error
+        raise _needs_transformer_lens(error, HOOKED_TRANSFORMER) from error
     try:
         return get_official_model_name(name)
     except ValueError as error:
         raise ConfigError(f"model {name!r}: {error}") from error
 
 
-def _needs_transformer_lens(error: ImportError) -> MissingDependencyError:
+def _needs_transformer_lens(error: ImportError, model_class: str) -> MissingDependencyError:
     return MissingDependencyError(
-        f"model_class: {HOOKED_TRANSFORMER} needs TransformerLens: {error}; install sae-lm[transformer-lens]"
+        f"model_class: {model_class} needs TransformerLens: {error}; install sae-lm[transformer-lens]"
     )
 
 
-def _load_hooked(name: str, revision: str | None, dtype: str, device: str, tokenizer: str | None) -> LanguageModel:
-    """A HookedTransformer with the weights as they are: nothing folded, nothing centred."""
+def _cannot_load(name: str, error: BaseException) -> str:
+    """Why a model cannot be had, and what to do about it where that is known."""
+    text = str(error)
+    hint = ""
+    if "gated" in text or "401" in text or "403" in text:
+        hint = "; ask for access on the model's page, and log in with `hf auth login` or set HF_TOKEN"
+    elif is_offline() or "offline" in text.lower() or "couldn't connect" in text.lower():
+        hint = "; the Hub cannot be reached or HF_HUB_OFFLINE is set: fetch the model once while online, or name a local folder"
+    return f"model {name!r} cannot be loaded: {type(error).__name__}: {text}{hint}"
+
+
+def is_offline() -> bool:
+    """Whether the Hub's library was told not to use the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _load_hooked(
+    name: str,
+    model_class: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    tokenizer: str | None,
+    options: Mapping[str, Any],
+) -> LanguageModel:
+    """One of TransformerLens's models with the weights as they are: nothing folded, nothing centred."""
+    require(dtype != "auto", f"dtype: auto is not for {model_class}; name one")
+    require(tokenizer is None, f"tokenizer: {model_class} brings its own; leave it out")
+    arguments: dict[str, Any] = {**({} if revision is None else {"revision": revision}), **options}
     try:
-        from transformer_lens import HookedTransformer
+        if model_class == HOOKED_TRANSFORMER:
+            from transformer_lens import HookedTransformer
+
+            build: Any = HookedTransformer.from_pretrained_no_processing
+        else:
+            from transformer_lens.model_bridge import TransformerBridge
+
+            build = TransformerBridge.boot_transformers
     except ImportError as error:
-        raise _needs_transformer_lens(error) from error
-    require(dtype != "auto", "dtype: auto is not for HookedTransformer; name one")
-    require(tokenizer is None, "tokenizer: HookedTransformer brings its own; leave it out")
-    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+        raise _needs_transformer_lens(error, model_class) from error
     try:
-        model: Any = HookedTransformer.from_pretrained_no_processing(
-            name, device=place(device), dtype=getattr(torch, dtype), **arguments
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        model: Any = build(name, device=place(device), dtype=getattr(torch, dtype), **arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(_cannot_load(name, error)) from error
     return LanguageModel(model.eval().requires_grad_(False), model.tokenizer, revision)
 
 
@@ -228,6 +276,8 @@ def next_token_logits(model: nn.Module, output: Any, tokens_RC: Tensor) -> Tenso
     """(windows, positions, vocabulary) logits in what `model` returned for `tokens_RC`, None if it predicts no next token."""
     logits = output if is_transformer_lens(model) else getattr(output, "logits", None)
     other_kind = any(kind in type(output).__name__ for kind in ("MaskedLM", "Classifier"))
+    # The decoder of an encoder-decoder predicts text that its encoder has read.
+    other_kind |= bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens_RC.shape or other_kind:
         return None
     return logits

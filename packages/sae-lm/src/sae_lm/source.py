@@ -1,41 +1,70 @@
 """`HuggingFaceSource`: the activations of any Hugging Face model, shuffled, as an `ActivationSource`.
 
 Documents are packed into windows of tokens, windows are run through the model `batch_prompts` at a time and only as far as
-the hooked module, positions that the token policy leaves out are dropped, and what remains passes through a shuffle buffer
-of fixed size. Memory is the model, one batch of windows and the buffer, however long the run.
+the last hooked module, positions that the token policy leaves out are dropped, and what remains passes through a shuffle
+buffer of fixed size. Memory is the model, one batch of windows and the buffer, however long the run.
+
+Several places may be read in one pass, and several written to by the dictionary (a transcoder's targets): their activations
+lie side by side in a row, so one shuffle keeps them together. A second model, a fine-tuned one say, reads the same windows.
 
 Several passes over a text may keep the activations of the first one in memory (`cache_activations`). They are kept in the
 order and precision in which they go to the buffer, so that batches are the same bits with and without.
 """
 
-# R windows (rows), C positions in a window, D d_in
+# R windows (rows), C positions in a window, P = R * C, W width of all sites side by side
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar, Literal, final
 
 import torch
 from sae_core.config import option, require, structure, unstructure
-from sae_core.data.shuffle import ShuffleBuffer, shuffled
+from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError
+from sae_core.protocols import ActivationBatch
 from torch import Tensor, nn
 
+from sae_lm.batches import Batches, Chunk, Passes, check_buffer
 from sae_lm.hooks import HookPoint, capture, find_module
-from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer
+from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of
+from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place
 from sae_lm.names import transformer_lens_name
 from sae_lm.text import Part, TextConfig, documents, require_held_out
 from sae_lm.tokens import TokenPolicy, TokenRules, Windows, WindowStream, preview, resolve
 
-__all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "flatten_positions", "model_inputs"]
+__all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "Site", "columns_of", "pick"]
 
 log = logging.getLogger(__name__)
+
+SECOND = "second/"
+"""Before a hook: in the second model."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in one of the models: its name as the config writes it, which model, and the hook point in it.
+
+    >>> Site.parse("second/model.layers.9:input")
+    Site(name='second/model.layers.9:input', second=True, point=HookPoint(module='model.layers.9', at='input'))
+    """
+
+    name: str
+    second: bool
+    point: HookPoint
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read the written form. Raises ConfigError where it is none."""
+        second = text.startswith(SECOND)
+        point = HookPoint.parse(text.removeprefix(SECOND))
+        return cls(f"{SECOND if second else ''}{point}", second, point)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +74,29 @@ class HuggingFaceSourceConfig:
     model: str = option(
         help="Hub name, local folder or .gguf file, or package:NAME/FILE, a file in an installed package"
     )
-    hook: str = option(
-        help="module path, e.g. model.layers.9, for the module's output; model.layers.9:input for its input"
+    hook: str | None = option(
+        default=None,
+        help="module path, e.g. model.layers.9, for the module's output; model.layers.9:input for its input. Short for reads "
+        "with this one place, in the second model too if there is one",
     )
+    reads: tuple[str, ...] = option(
+        default=(), help="several places to read, side by side; second/X is X in the second model"
+    )
+    writes: tuple[str, ...] = option(
+        default=(), help="places that the dictionary writes to: targets of a transcoder, from the same pass"
+    )
+    head: int | None = option(
+        default=None, help="the one head to take of places with heads of their own; by default they are joined"
+    )
+    second_model: str | None = option(
+        default=None, help="another model with the same tokenizer, say a fine-tuned one, that reads the same windows"
+    )
+    second_revision: str | None = option(default=None, help="branch, tag or commit of the second model")
     revision: str | None = option(default=None, help="branch, tag or commit of a Hub model")
     model_class: str = option(
         default="AutoModelForCausalLM",
-        help="class of transformers that loads the model; or TransformerLens's HookedTransformer, whose hook names are "
-        "module paths too",
+        help="class of transformers that loads the model; or TransformerLens's HookedTransformer or TransformerBridge, whose "
+        "hook names are places too",
     )
     tokenizer: str | None = option(
         default=None, help="another place to take the tokenizer from; none: documents are token ids already"
@@ -63,14 +107,26 @@ class HuggingFaceSourceConfig:
     device: str = option(
         default="auto", help="where the model runs: cpu, cuda, cuda:1, mps; auto: cuda if there is one"
     )
+    model_options: dict[str, Any] = option(
+        default_factory=dict,
+        help="more arguments for from_pretrained, say attn_implementation, or device_map to spread the model over devices",
+    )
     text: TextConfig = option(default_factory=TextConfig, help="where documents come from")
     tokens: TokenPolicy = option(
         default_factory=TokenPolicy, help="how documents become windows, and which tokens count"
     )
     context_size: int = option(default=128, help="tokens in a window, special tokens included")
     batch_prompts: int = option(default=32, help="windows that run through the model at once")
-    buffer_rows: int = option(
-        default=65_536, help="activations in the shuffle buffer, allocated at once on the model's device"
+    buffer_rows: int = option(default=65_536, help="activations in the shuffle buffer, allocated at once")
+    buffer_device: str = option(default="model", help="where the buffer is; model: where the activations are")
+    sequences: bool = option(
+        default=False,
+        help="hand out whole windows in their order, for dictionaries that read sequences: full windows only, without what "
+        "exclude_first and exclude_last leave out and without an excluded BOS at the start",
+    )
+    prefetch: int | None = option(
+        default=None,
+        help="batches of windows that a thread runs ahead; if not given, 2 where the model is on a GPU and 0 on a CPU",
     )
     activation_dtype: Literal["model", "float32", "bfloat16", "float16"] = option(
         default="model", help="precision of the activations handed out; model: that in which the model gives them"
@@ -97,58 +153,113 @@ class HuggingFaceSourceConfig:
             not self.cache_activations or self.epochs > 1 or self.on_exhausted == "cycle",
             "cache_activations: there is no second pass to use the cache; set epochs or on_exhausted: cycle",
         )
-        HookPoint.parse(self.hook)
+        require(self.prefetch is None or self.prefetch >= 0, f"prefetch must not be negative, it is {self.prefetch}")
+        require((self.hook is None) != (not self.reads), "name the place to read with hook, or several with reads")
+        for field in ("reads", "writes"):
+            sites = [site.name for site in map(Site.parse, getattr(self, field))]
+            twice = [name for name in sites if sites.count(name) > 1]
+            require(not twice, f"{field}: {twice[:1]} stands there twice")
+        sites = [*self.read_sites, *self.write_sites]
+        uses_second = any(site.second for site in sites)
+        require(not uses_second or self.second_model is not None, "a place in second/ needs a second_model")
+        require(self.second_model is None or uses_second, "second_model: no place of it is read; write second/HOOK")
+        require(self.second_model is not None or self.second_revision is None, "second_revision needs a second_model")
+        require(
+            "device_map" not in self.model_options or self.device == "auto",
+            "device: with model_options: device_map the model is placed by that; leave out one of them",
+        )
+
+    @property
+    def read_sites(self) -> list[Site]:
+        """The places that are read, in order."""
+        if self.hook is None:
+            return [Site.parse(text) for text in self.reads]
+        both = [self.hook, SECOND + self.hook] if self.second_model is not None else [self.hook]
+        return [Site.parse(text) for text in both]
+
+    @property
+    def write_sites(self) -> list[Site]:
+        """The places that are written to, in order."""
+        return [Site.parse(text) for text in self.writes]
 
 
 @final
 class HuggingFaceSource:
-    """Activations of one place in one model, shuffled.
+    """Activations of places in a model, shuffled.
 
-    `model` and `tokenizer` may be given as objects; the config's `model` is then only the name they go by, and a given
-    model stays on its device, in eval mode. Otherwise the model is loaded on first use. Batches are (batch_size, d_in) on
-    the model's device; rows left over at the end that do not fill a batch are not handed out.
+    `model`, `tokenizer` and `second_model` may be given as objects; the config's `model` is then only the name they go by. A
+    given model stays on its device and is left as it was found; while it runs here it is in eval mode. Otherwise the model
+    is loaded on first use.
 
-    Rows are the windows' positions that count. A hooked tensor must be (windows, positions, …), or have these two joined;
-    further dimensions, as of attention heads, are joined into d_in.
+    Batches are (batch_size, width of all `sites`), or `ActivationBatch` with targets of `target_sites` where the config has
+    `writes`; with `sequences`, (sequences, `sequence_length`, width). Rows left over at the end that do not fill a batch are
+    not handed out. Rows are the windows' positions that count. A hooked tensor must be (windows, positions, …), or have
+    these two joined; further dimensions, as of attention heads, are joined into the width.
     """
 
     config_class: ClassVar[type[HuggingFaceSourceConfig]] = HuggingFaceSourceConfig
 
     def __init__(
-        self, config: HuggingFaceSourceConfig, *, model: nn.Module | None = None, tokenizer: Any | None = None
+        self,
+        config: HuggingFaceSourceConfig,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any | None = None,
+        second_model: nn.Module | None = None,
     ) -> None:
         self.config = config
-        self.point = HookPoint.parse(config.hook)
+        self.point = config.read_sites[0].point
         self._given = (model, tokenizer)
-        self._resume: Mapping[str, Any] | None = None
-        self._run: _Run | None = None
+        self._given_second = second_model
+        # What is stored of a position: what is read, then what is only written, side by side.
+        self._stored = list(dict.fromkeys([*config.read_sites, *config.write_sites]))
 
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model and its tokenizer, loaded when first asked for."""
         model, tokenizer = self._given
         if model is not None:
-            found = LanguageModel(model.eval(), tokenizer)
+            found = LanguageModel(model, tokenizer)
         else:
             config = self.config
-            found = load(
-                config.model,
-                revision=config.revision,
-                model_class=config.model_class,
-                dtype=config.dtype,
-                device=config.device,
-                tokenizer=config.tokenizer,
-                with_tokenizer="tokenizer" not in self.__dict__,
-            )
+            found = self._load(config.model, config.revision, with_tokenizer="tokenizer" not in self.__dict__)
             if "tokenizer" in self.__dict__:  # read before, and reading it again can take long
                 found = replace(found, tokenizer=self.tokenizer)
-        find_module(found.model, self.point.module)
-        positions = _positions(found.model)
-        require(
-            positions is None or self.config.context_size <= positions,
-            f"context_size: {self.config.context_size} tokens are beyond the {positions} positions of {self.config.model}",
-        )
+        self._check(found.model, self.config.model, second=False)
         return found
+
+    @cached_property
+    def second_language_model(self) -> LanguageModel:
+        """The second model, loaded when first asked for. Raises ConfigError when its tokenizer gives other ids."""
+        name = self.config.second_model
+        require(name is not None, "there is no second_model")
+        if self._given_second is not None:
+            found = LanguageModel(self._given_second, None)
+        else:
+            found = self._load(str(name), self.config.second_revision, with_tokenizer=True)
+            _check_same_tokenizer(self.tokenizer, found.tokenizer, str(name))
+        self._check(found.model, str(name), second=True)
+        return found
+
+    def _load(self, name: str, revision: str | None, *, with_tokenizer: bool) -> LanguageModel:
+        config = self.config
+        with explaining_memory(
+            f"the model {name}", "dtype to bfloat16, or spread it with model_options: {device_map: auto}"
+        ):
+            return load(
+                name, revision=revision, model_class=config.model_class, dtype=config.dtype, device=config.device,
+                tokenizer=config.tokenizer, with_tokenizer=with_tokenizer, options=config.model_options,
+            )  # fmt: skip
+
+    def _check(self, model: nn.Module, name: str, *, second: bool) -> None:
+        for site in self._stored:
+            if site.second == second:
+                find_module(model, site.point.module)
+        positions, size = positions_of(model), self.config.context_size
+        require(
+            positions is None or size <= positions,
+            f"context_size: {size} tokens are beyond the {positions} positions of {name}",
+        )
 
     @cached_property
     def tokenizer(self) -> Any | None:
@@ -169,16 +280,43 @@ class HuggingFaceSource:
         return resolve(self.config.tokens, self.tokenizer, self.config.context_size)
 
     @cached_property
-    def _sample(self) -> Tensor:
-        """The activation of one token, which tells width and precision; no more of the model runs than that takes."""
+    def _sample(self) -> dict[str, Tensor]:
+        """The activation of one token at every place, which tells widths and precision; no more is run than that takes."""
         tokens_RC = torch.tensor([[0 if self.rules.bos_id is None else self.rules.bos_id]])
         everything = torch.ones_like(tokens_RC, dtype=torch.bool)
-        return self.activations(Windows(tokens_RC, everything, everything))
+        return self.capture(Windows(tokens_RC, everything, everything))
+
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """Width of every place that is read, in the order of the columns."""
+        return {site.name: self._sample[site.name].shape[-1] for site in self.config.read_sites}
+
+    @property
+    def target_sites(self) -> Mapping[str, int]:
+        """Width of every place that is written to, in the order of the targets' columns; empty where there are none."""
+        return {site.name: self._sample[site.name].shape[-1] for site in self.config.write_sites}
+
+    @property
+    def stored_sites(self) -> Mapping[str, int]:
+        """Width of everything that `activations` gives side by side: what is read, then what is only written to."""
+        return {site.name: self._sample[site.name].shape[-1] for site in self._stored}
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
-        return self._sample.shape[-1]
+        """Width of the activations that are read."""
+        return sum(self.sites.values())
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Positions of the sequences that are handed out; None where it is single rows."""
+        return self._span.stop - self._span.start if self.config.sequences else None
+
+    @property
+    def _span(self) -> slice:
+        """The positions of a window that a sequence has."""
+        policy, rules = self.config.tokens, self.rules
+        first = max(policy.exclude_first, 1 if rules.bos == "window" and policy.exclude_bos else 0)
+        return slice(first, self.config.context_size - policy.exclude_last)
 
     def windows(self, part: Part, *, rows: int | None = None, state: Mapping[str, Any] | None = None) -> WindowStream:
         """Windows of the training text or of the text held out from it, `rows` (by default `batch_prompts`) at a time."""
@@ -197,54 +335,127 @@ class HuggingFaceSource:
             raise DataError(_no_rows(self.config))
         return preview(windows, self.tokenizer, rows=rows)
 
-    @torch.inference_mode()
+    def capture(self, windows: Windows) -> dict[str, Tensor]:
+        """(windows * positions, width) activations of every position at every place, from one pass of each model."""
+        config = self.config
+        found: dict[str, Tensor] = {}
+        with explaining_memory(
+            f"{len(windows)} windows of {windows.tokens.shape[1]} tokens",
+            "batch_prompts, context_size or the model's dtype",
+        ):
+            for second in (False, True):
+                sites = [site for site in self._stored if site.second == second]
+                if not sites:
+                    continue
+                at = self.second_language_model if second else self.language_model
+                args, kwargs = model_inputs(at.model, windows, at.device)
+                with torch.no_grad(), evaluating(at.model):
+                    captured = capture(at.model, [site.point for site in sites], *args, **kwargs)
+                for site in sites:
+                    found[site.name] = flatten_positions(
+                        captured[str(site.point)], windows.tokens, site.point, config.head
+                    )
+        return found
+
     def activations(self, windows: Windows) -> Tensor:
-        """(positions that count, d_in) activations of `windows`, in the order of the windows."""
-        model = self.language_model.model
-        args, kwargs = model_inputs(model, windows, self.language_model.device)
-        activation = capture(model, [self.point], *args, **kwargs)[str(self.point)]
-        rows_PD = flatten_positions(activation, windows.tokens, self.point)
+        """(positions that count, width) activations of `windows`, in the order of the windows; places side by side."""
         # Found on the CPU, where the mask is: selecting by a mask on the device would have to wait for it.
         counting_K = windows.kept.flatten().nonzero().squeeze(1)
-        if len(counting_K) < len(rows_PD):
-            rows_PD = rows_PD[counting_K.to(rows_PD.device, non_blocking=True)]
+        return self._joined(self.capture(windows), counting_K, windows.kept.numel())
+
+    def _sequences(self, windows: Windows) -> Tensor:
+        """(full windows, positions * width): a sequence a row."""
+        rows, positions = windows.tokens.shape
+        full_F = windows.attended.all(1).nonzero().squeeze(1)
+        if positions != self.config.context_size or not len(full_F):
+            full_F = full_F[:0]
+        numbers_FC = full_F.unsqueeze(1) * positions + torch.arange(positions)[self._span]
+        return self._joined(self.capture(windows), numbers_FC.flatten(), rows * positions).reshape(
+            len(full_F), sum(self.stored_sites.values()) * int(self.sequence_length or 0)
+        )
+
+    def _joined(self, captured: Mapping[str, Tensor], chosen_K: Tensor, of: int) -> Tensor:
+        """The chosen positions of every place, side by side, in the precision that is handed out."""
+        parts = [captured[site.name] for site in self._stored]
+        if len(chosen_K) < of:
+            parts = [part[chosen_K.to(part.device, non_blocking=True)] for part in parts]
+        joined = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
         if self.config.activation_dtype != "model":
-            rows_PD = rows_PD.to(getattr(torch, self.config.activation_dtype))
-        return rows_PD
+            joined = joined.to(getattr(torch, self.config.activation_dtype))
+        return joined
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Shuffled batches (batch_size, d_in), until the passes over the text are used up.
+    def batches(self, batch_size: int) -> Batches:
+        """Shuffled batches of `batch_size` activations, until the passes over the text are used up; `Resumable`.
 
-        Raises ConfigError when the buffer is too small for a batch, DataError when the text does not give one batch, or
-        at the end when the config says so.
+        Raises ConfigError when the buffer is too small for a batch, DataError when the held-out part is empty, when the text
+        does not give one batch, or at the end when the config says so.
         """
         config = self.config
-        at_once = config.batch_prompts * config.context_size
+        positions = self.sequence_length if config.sequences else 1
+        assert positions is not None
         require(
-            config.buffer_rows >= at_once + batch_size,
-            f"buffer_rows: {config.buffer_rows} cannot hold a batch of {batch_size} beside the {at_once} activations that "
-            f"arrive at once (batch_prompts x context_size); set it to {4 * (at_once + batch_size)} or so",
+            batch_size >= positions,
+            f"batch_size: {batch_size} positions do not hold one sequence of {positions}; raise it",
         )
+        at_once = config.batch_prompts if config.sequences else config.batch_prompts * config.context_size
+        rows, buffer_rows = batch_size // positions, config.buffer_rows // positions
+        if config.sequences:
+            require(
+                buffer_rows >= at_once + rows,
+                f"buffer_rows: {config.buffer_rows} cannot hold a batch of {rows} sequences beside the {at_once} that arrive "
+                f"at once (batch_prompts); set it to {4 * (at_once + rows) * positions} or so",
+            )
+        else:
+            check_buffer(buffer_rows, rows, at_once)
         require_held_out(config.text)
-        sample = self._sample
-        buffer = ShuffleBuffer(
-            config.buffer_rows, sample.shape[1], seed=config.seed, dtype=sample.dtype, device=sample.device
+        passes = Passes(
+            name=config.text.description,
+            open=self._open_pass,
+            new_buffer=lambda: self._new_buffer(buffer_rows, positions),
+            hand_out=lambda rows: pick(rows, self.stored_sites, self.sites, self.target_sites, self.sequence_length),
+            largest_chunk=at_once,
+            epochs=config.epochs,
+            on_exhausted=config.on_exhausted,
+            empty=_no_rows(config),
+            positions=positions,
+            keep_bytes=config.cache_limit_gb * 1e9 if config.cache_activations else 0.0,
+            prefetch=self._prefetch() if config.prefetch is None else config.prefetch,
         )
-        self._run = _Run(self, buffer, self._resume)
-        self._resume = None
-        for batch in shuffled(buffer, self._run.chunks(), batch_size=batch_size, largest_chunk=at_once):
-            if len(batch) == batch_size:
-                yield batch
-        self._run.end(batch_size)
+        return Batches(passes, rows)
+
+    def _prefetch(self) -> int:
+        return 2 if self.language_model.device.type == "cuda" else 0
+
+    def _new_buffer(self, rows: int, positions: int) -> ShuffleBuffer:
+        config = self.config
+        sample = self._joined(self._sample, torch.tensor([0]), 1)
+        device = sample.device if config.buffer_device == "model" else place(config.buffer_device)
+        with explaining_memory(f"a shuffle buffer of {rows * positions:,} activations", "buffer_rows"):
+            return ShuffleBuffer(rows, sample.shape[1] * positions, seed=config.seed, dtype=sample.dtype, device=device)
+
+    def _open_pass(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Chunk]:
+        stream = self.windows("train", state=state)
+        for windows in islice(stream, skip, None):  # skipped windows are tokenised and not run
+            rows = self._sequences(windows) if self.config.sequences else self.activations(windows)
+            if self.config.buffer_device != "model":
+                rows = rows.to(place(self.config.buffer_device))
+            yield rows, stream.mark().state_dict
 
     def metadata(self) -> dict[str, Any]:
         """What the activations are: keys that SAELens uses too, and under ``sae_lm`` all that evaluation needs."""
         config, rules = self.config, self.rules
-        return {
+        reads, writes = config.read_sites, config.write_sites
+        facts: dict[str, Any] = {
             "model_name": config.model,
             "model_class_name": config.model_class,
-            "hook_name": str(self.point),
-            "hook_head_index": None,
+            "hook_name": reads[0].name if len(reads) == 1 else None,
+            "hook_head_index": config.head,
+        }
+        if writes:
+            facts["hook_name_out"] = writes[0].name if len(writes) == 1 else None
+            facts["hook_head_index_out"] = config.head
+        return {
+            **facts,
             "dataset_path": config.text.description,
             "context_size": config.context_size,
             "seqpos_slice": _slice(rules.policy),
@@ -255,20 +466,19 @@ class HuggingFaceSource:
             "sae_lm": {
                 "source": unstructure(config),
                 "model_revision": self.language_model.revision,
-                "hook_point": {
-                    "module": self.point.module,
-                    "at": self.point.at,
-                    "transformer_lens": self._transformer_lens_name(),
-                },
+                "second_model_revision": self.second_language_model.revision if config.second_model else None,
+                "hook_point": self._described(reads[0]),
+                "sites": {site.name: self._described(site) for site in self._stored},
                 "tokens": rules.metadata(),
                 "python": platform.python_version() if config.text.kind == "stdlib" else None,
             },
         }
 
-    def _transformer_lens_name(self) -> str | None:
-        if is_transformer_lens(self.language_model.model):
-            return str(self.point)
-        return transformer_lens_name(self.language_model.model_type, self.point)
+    def _described(self, site: Site) -> dict[str, Any]:
+        found = self.second_language_model if site.second else self.language_model
+        is_lens = is_transformer_lens(found.model)
+        other = str(site.point) if is_lens else transformer_lens_name(found.model_type, site.point)
+        return {"module": site.point.module, "at": site.point.at, "transformer_lens": other}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], **changes: Any) -> HuggingFaceSource:
@@ -283,154 +493,58 @@ class HuggingFaceSource:
             )
         return cls(structure({**ours["source"], **changes}, HuggingFaceSourceConfig, where="metadata: sae_lm.source"))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch: pass, windows, and the buffer's rows. Small beside the buffer."""
-        if self._run is not None:
-            return self._run.state_dict()
-        return dict(self._resume or {})
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next call of `batches` go on exactly where the saved state stood."""
-        self._run, self._resume = None, state or None
+def columns_of(sites: Mapping[str, int]) -> dict[str, slice]:
+    """The columns of every site in rows that have them side by side.
 
-
-@final
-class _Run:
-    """One run over the text: which pass it is in, how far, and the cache."""
-
-    def __init__(self, source: HuggingFaceSource, buffer: ShuffleBuffer, state: Mapping[str, Any] | None) -> None:
-        self._source = source
-        self._buffer = buffer
-        self._epoch = 0
-        self._done = 0  # batches of windows of this pass that are in the buffer or were handed out
-        self._stream: WindowStream | None = None
-        self._start: Mapping[str, Any] | None = None
-        self._cache: list[Tensor] | None = None
-        self._rows = 0
-        if state is not None:
-            self._epoch, self._done, self._rows = int(state["epoch"]), int(state["done"]), int(state["rows"])
-            self._start = state["stream"]
-            buffer.load_state_dict(state["buffer"])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "epoch": self._epoch,
-            "done": self._done,
-            "rows": self._rows,
-            "stream": None if self._stream is None else self._stream.state_dict(),
-            "buffer": self._buffer.state_dict(),
-        }
-
-    def chunks(self) -> Iterator[Tensor]:
-        """Activations in the order of the text, pass after pass."""
-        config = self._source.config
-        for epoch in itertools.count(self._epoch):
-            if epoch >= config.epochs:
-                if config.on_exhausted != "cycle":
-                    return
-                log.info("%s; going over it again (on_exhausted: cycle)", self._used_up())
-            yield from self._pass() if self._cache is None else self._cached_pass(self._cache)
-            if self._rows == 0:
-                raise DataError(_no_rows(config))
-            self._epoch, self._done, self._start, self._stream = epoch + 1, 0, None, None
-
-    def end(self, batch_size: int) -> None:
-        """What is said, or raised, when all passes are handed out and another batch is asked for."""
-        if self._rows < batch_size:
-            raise DataError(f"{self._used_up()}, fewer than one batch of {batch_size}")
-        if self._source.config.on_exhausted == "error":
-            raise DataError(
-                f"{self._used_up()}, and more are asked for; raise epochs, or set on_exhausted to cycle or stop"
-            )
-        log.warning("%s; training ends here (on_exhausted: stop)", self._used_up())
-
-    def _used_up(self) -> str:
-        text = self._source.config.text.description
-        return f"{text} is used up after {self._epoch} pass(es) and {self._rows:,} activations"
-
-    def _pass(self) -> Iterator[Tensor]:
-        """Run the model over the text, from where the run stands, and fill the cache if this is a whole pass."""
-        source, config = self._source, self._source.config
-        whole = self._done == 0
-        self._stream = source.windows("train", state=self._start)
-        if self._start is None:  # a pass that was served from the cache knows only how far it got
-            for _ in range(self._done):
-                next(self._stream, None)
-        later = self._epoch + 1 < config.epochs or config.on_exhausted == "cycle"
-        cache: list[Tensor] | None = [] if config.cache_activations and whole and later else None
-        size = 0
-        for windows in self._stream:
-            chunk = source.activations(windows)
-            if cache is not None:
-                cache.append(chunk)
-                size += chunk.nbytes
-                if size > config.cache_limit_gb * 1e9:
-                    cache = None
-                    log.warning(
-                        "the activation cache grew beyond %g GB; every pass will run the model (cache_limit_gb)",
-                        config.cache_limit_gb,
-                    )
-            self._done += 1
-            self._rows += len(chunk)
-            yield chunk
-        self._cache = cache
-
-    def _cached_pass(self, cache: list[Tensor]) -> Iterator[Tensor]:
-        self._stream = None
-        for chunk in cache:
-            self._done += 1
-            self._rows += len(chunk)
-            yield chunk
-
-
-def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments that run `model` on `windows`, without a key-value cache where it has one."""
-    vocabulary = _vocabulary(model)
-    if int(windows.tokens.min()) < 0:
-        raise DataError(f"text: token id {int(windows.tokens.min())} is negative")
-    if vocabulary is not None and int(windows.tokens.max()) >= vocabulary:  # on a GPU it would end the process
-        raise DataError(f"text: token id {int(windows.tokens.max())}, but the model knows {vocabulary} tokens")
-    parameters = inspect.signature(model.forward).parameters
-    tokens_RC = windows.tokens.to(device, non_blocking=True)
-    kwargs: dict[str, Any] = {}
-    if "use_cache" in parameters:
-        kwargs["use_cache"] = False
-    if "attention_mask" in parameters and not bool(windows.attended.all()):
-        kwargs["attention_mask"] = windows.attended.to(device, torch.long, non_blocking=True)
-    if "input_ids" in parameters:
-        return (), {"input_ids": tokens_RC, **kwargs}
-    return (tokens_RC,), kwargs  # a model that is not transformers's: whatever its first argument is called
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """Number of token ids that the model can take, None for a model that does not say."""
-    table = _table(model)
-    return table.num_embeddings if isinstance(table, nn.Embedding) else None
-
-
-def _positions(model: nn.Module) -> int | None:
-    """Number of tokens that a window may have, None for a model that does not say.
-
-    Some models number positions from behind the padding's own; these have fewer than their table has rows.
+    >>> columns_of({"a": 2, "b": 3})
+    {'a': slice(0, 2, None), 'b': slice(2, 5, None)}
     """
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
-    size = getattr(config, "max_position_embeddings", None)
-    if not isinstance(size, int):
-        size = getattr(getattr(model, "cfg", None), "n_ctx", None)
-        return size if isinstance(size, int) else None
-    tables = [
-        module for module in model.modules() if isinstance(module, nn.Embedding) and module.num_embeddings == size
-    ]
-    names = [table.padding_idx for table in tables if table.padding_idx is not None and table is not _table(model)]
-    return size - (max(names) + 1 if names else 0)
+    found: dict[str, slice] = {}
+    start = 0
+    for name, width in sites.items():
+        found[name] = slice(start, start + width)
+        start += width
+    return found
 
 
-def _table(model: nn.Module) -> nn.Module | None:
-    """The table of token embeddings, None for a model that does not say."""
-    embeddings: Any = getattr(model, "get_input_embeddings", None)
-    table: Any = embeddings() if callable(embeddings) else None
-    return table
+def pick(
+    rows: Tensor,
+    stored: Mapping[str, int],
+    reads: Mapping[str, int],
+    writes: Mapping[str, int],
+    sequence_length: int | None = None,
+) -> Tensor | ActivationBatch:
+    """A batch of the sites in `reads`, with the sites in `writes` as targets, out of rows with all `stored` sites.
+
+    `rows` is (batch, width), or (batch, sequence_length * width), which becomes (batch, sequence_length, width).
+    """
+    if sequence_length is not None:
+        rows = rows.reshape(len(rows), sequence_length, -1)
+    if not writes and list(reads) == list(stored):
+        return rows
+    columns = columns_of(stored)
+
+    def side_by_side(names: Sequence[str]) -> Tensor:
+        if list(names) == list(stored)[: len(names)]:
+            return rows[..., : columns[names[-1]].stop].contiguous()
+        return torch.cat([rows[..., columns[name]] for name in names], dim=-1)
+
+    inputs = side_by_side(list(reads))
+    return ActivationBatch(inputs, side_by_side(list(writes))) if writes else inputs
+
+
+def _check_same_tokenizer(first: Any | None, second: Any | None, name: str) -> None:
+    """Raise ConfigError when the two tokenizers give a token different ids."""
+    if first is None or second is None:
+        return
+    ids: Mapping[str, int] = second.get_vocab()
+    for token, number in sorted(first.get_vocab().items(), key=lambda item: item[1]):
+        if ids.get(token) != number:
+            raise ConfigError(
+                f"second_model: {name} has another tokenizer: {token!r} is {number} in the first model's and "
+                f"{ids.get(token, 'not there')} in its own"
+            )
 
 
 def _slice(policy: TokenPolicy) -> list[int | None]:
@@ -441,19 +555,6 @@ def _slice(policy: TokenPolicy) -> list[int | None]:
 
 def _no_rows(config: HuggingFaceSourceConfig) -> str:
     part = f" beside the {config.text.held_out:.0%} held out for evaluation" if config.text.held_out else ""
+    if config.sequences:
+        return f"text: {config.text.description} gives no full window of {config.context_size} tokens{part}"
     return f"text: {config.text.description} gives no token to train on{part}; is it empty?"
-
-
-def flatten_positions(activation: Tensor, tokens_RC: Tensor, point: HookPoint) -> Tensor:
-    """(windows * positions, d_in): one row a position, whatever else the activation's shape splits.
-
-    Raises DataError when the leading dimensions are not the windows and positions of `tokens_RC`.
-    """
-    rows, positions = tokens_RC.shape
-    shape = tuple(activation.shape)
-    if shape[:2] != (rows, positions) and shape[:1] != (rows * positions,):
-        raise DataError(
-            f"hook: the {point.at} of {point.module!r} has shape {shape} for tokens of shape {(rows, positions)}; it must "
-            "begin with the same two dimensions, or with both joined"
-        )
-    return activation.reshape(rows * positions, -1)
