@@ -12,7 +12,9 @@ from sae_core import SAE, SparseCodes, create
 from sae_core.errors import ConfigError
 from sae_synthetic import (
     ActivationGenerator,
+    ClassificationMetrics,
     FeatureDictionary,
+    SyntheticDataEvalResult,
     eval_sae_on_synthetic_data,
     init_sae_to_match_feature_dict,
     untrained_like,
@@ -135,3 +137,48 @@ def test_what_does_not_fit_is_refused(world: World, arguments: dict[str, int], m
     sae = create("topk", d_in=arguments.pop("d_in", 16), d_sae=20, k=3)
     with pytest.raises(ConfigError, match=message):
         eval_sae_on_synthetic_data(sae, *world, **arguments)
+
+
+def test_a_scaler_scales_what_the_sae_reads_and_its_output_back(world: World) -> None:
+    class Tenfold:
+        def scale(self, acts: Tensor) -> Tensor:
+            return 10 * acts
+
+        def unscale(self, acts: Tensor) -> Tensor:
+            return acts / 10
+
+    features, generator = world
+    sae = create("topk", d_in=16, d_sae=12, k=2, seed=0)
+    with torch.no_grad():
+        init_sae_to_match_feature_dict(sae, features)
+        sae.b_dec.fill_(0.5)
+        plain = eval_sae_on_synthetic_data(sae, features, generator, 500)
+        sae.b_dec.mul_(10)  # the SAE of a world ten times as large
+    scaled = eval_sae_on_synthetic_data(sae, features, generator, 500, activation_scaler=Tenfold())
+    assert scaled.explained_variance == pytest.approx(plain.explained_variance, abs=1e-5)
+    assert scaled.shrinkage == pytest.approx(plain.shrinkage, abs=1e-5)
+    unscaled = eval_sae_on_synthetic_data(sae, features, generator, 500)
+    assert unscaled.explained_variance < plain.explained_variance - 0.1
+
+
+def test_a_result_is_made_of_what_sae_lens_measures() -> None:
+    metrics = ClassificationMetrics(0.5, 0.5, 0.5, 0.5)
+    result = SyntheticDataEvalResult(1.0, 2.0, 3, 0.9, 0.8, 0.7, 0.6, metrics)
+    assert set(result.to_log_dict()) == {
+        "true_l0", "sae_l0", "dead_latents", "shrinkage", "explained_variance", "mcc", "uniqueness",
+        *(f"classification/{name}" for name in ("precision", "recall", "f1_score", "accuracy")),
+    }  # fmt: skip
+
+
+def test_an_sae_stays_in_train_mode_when_an_evaluation_fails(world: World) -> None:
+    class Broken:
+        def scale(self, acts: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
+        def unscale(self, acts: Tensor) -> Tensor:
+            return acts
+
+    sae = create("topk", d_in=16, d_sae=12, k=2, seed=0).train()
+    with pytest.raises(RuntimeError, match="broken"):
+        eval_sae_on_synthetic_data(sae, *world, 500, activation_scaler=Broken())
+    assert sae.training

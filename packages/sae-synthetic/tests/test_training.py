@@ -9,6 +9,7 @@ from sae_core.errors import ConfigError
 from sae_synthetic import (
     ActivationGenerator,
     FeatureDictionary,
+    Snapshot,
     SyntheticActivationIterator,
     eval_sae_on_synthetic_data,
     init_sae_to_match_feature_dict,
@@ -45,8 +46,9 @@ def test_snapshots_come_evenly_and_end_with_the_end(snapshots: int, due: list[in
     sae = create("topk", d_in=16, d_sae=12, k=2, seed=0)
     seen: list[tuple[int, int, torch.Tensor]] = []
 
-    def keep(trainer: Trainer) -> None:
-        seen.append((trainer.steps, trainer.samples, trainer.sae.W_dec.detach().clone()))
+    def keep(snapshot: Snapshot) -> None:
+        assert snapshot.trainer.sae is snapshot.sae is sae
+        seen.append((snapshot.n_training_steps, snapshot.n_training_samples, snapshot.sae.W_dec.detach().clone()))
 
     train_toy_sae(sae, features, generator, 4000, 100, n_snapshots=snapshots, snapshot_fn=keep, progress_bar=False)
     assert [steps for steps, _, _ in seen] == due
@@ -82,3 +84,22 @@ def test_snapshots_without_a_function_and_negative_numbers_are_refused() -> None
         train_toy_sae(sae, *_world(), 1000, n_snapshots=2)
     with pytest.raises(ConfigError, match="n_snapshots must not be negative"):
         train_toy_sae(sae, *_world(), 1000, n_snapshots=-1)
+
+
+def test_autocast_of_the_data_is_honoured_and_of_the_sae_refused_with_the_reason() -> None:
+    sae = create("topk", d_in=16, d_sae=12, k=2, seed=0)
+    with pytest.raises(ConfigError, match="autocast_sae: training computes in the precision of the SAE's parameters"):
+        train_toy_sae(sae, *_world(), 1000, autocast_sae=True, progress_bar=False)
+    features, generator = _world()
+    batches = SyntheticActivationIterator(features, generator.fork(5), 64, autocast=True)
+    exact = next(SyntheticActivationIterator(features, generator.fork(5), 64))
+    rounded = next(batches)
+    assert rounded.dtype == torch.float32
+    assert 0 < float((rounded - exact).abs().max()) < 0.02 * float(exact.abs().max())
+    assert torch.equal(
+        next(SyntheticActivationIterator(features, generator.fork(5), 1, autocast=True).batches(64)), rounded
+    )
+    one, other = (create("topk", d_in=16, d_sae=12, k=2, seed=0) for _ in range(2))
+    train_toy_sae(one, *_world(), 1000, autocast_data=True, progress_bar=False)
+    train_toy_sae(other, *_world(), 1000, progress_bar=False)
+    assert not torch.equal(one.W_dec, other.W_dec)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         nearest_correlation_matrix,
     )
     from sae_synthetic.evaluation import (
+        ActivationScaler,
         SyntheticDataEvalResult,
         eval_sae_on_synthetic_data,
         untrained_like,
@@ -72,6 +73,9 @@ if TYPE_CHECKING:
         HierarchyConfig,
         generate_hierarchy,
     )
+    from sae_synthetic.hub import (
+        SyntheticHubError,
+    )
     from sae_synthetic.initialization import (
         init_sae_to_match_feature_dict,
     )
@@ -112,6 +116,12 @@ if TYPE_CHECKING:
     from sae_synthetic.report import (
         Report,
     )
+    from sae_synthetic.runner import (
+        RUNNER_CONFIG_FILENAME,
+        SyntheticSAERunner,
+        SyntheticSAERunnerConfig,
+        SyntheticSAERunnerResult,
+    )
     from sae_synthetic.scores import (
         ClassificationMetrics,
         ClassificationMetricsCalculator,
@@ -140,16 +150,22 @@ if TYPE_CHECKING:
         compute_superposition_stats,
     )
     from sae_synthetic.training import (
+        Snapshot,
         train_toy_sae,
+    )
+    from sae_synthetic.upload import (
+        upload_synthetic_model_to_huggingface,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RUNNER_CONFIG_FILENAME",
     "SYNTHETIC_MODEL_CONFIG_FILENAME",
     "SYNTHETIC_MODEL_HIERARCHY_FILENAME",
     "SYNTHETIC_MODEL_WEIGHTS_FILENAME",
     "ActivationGenerator",
+    "ActivationScaler",
     "ActivationsModifier",
     "ActivationsModifierInput",
     "ClassificationMetrics",
@@ -182,14 +198,19 @@ __all__ = [
     "Report",
     "SeedConsistency",
     "ShrinkageCalculator",
+    "Snapshot",
     "SparseModifier",
     "StructureScores",
     "SuperpositionStats",
     "SyntheticActivationIterator",
     "SyntheticBatches",
     "SyntheticDataEvalResult",
+    "SyntheticHubError",
     "SyntheticModel",
     "SyntheticModelConfig",
+    "SyntheticSAERunner",
+    "SyntheticSAERunnerConfig",
+    "SyntheticSAERunnerResult",
     "SyntheticSource",
     "SyntheticSourceConfig",
     "ZipfianFiringProbabilityConfig",
@@ -237,11 +258,13 @@ __all__ = [
     "structure_scores",
     "train_toy_sae",
     "untrained_like",
+    "upload_synthetic_model_to_huggingface",
     "zipfian_firing_probabilities",
 ]
 
 _HOMES = {
     "ActivationGenerator": "generator",
+    "ActivationScaler": "evaluation",
     "ActivationsModifier": "modifiers",
     "ActivationsModifierInput": "modifiers",
     "ClassificationMetrics": "scores",
@@ -270,6 +293,7 @@ _HOMES = {
     "MagnitudeConfig": "firing_magnitudes",
     "Matching": "matching",
     "OrthogonalizationConfig": "model",
+    "RUNNER_CONFIG_FILENAME": "runner",
     "RandomFiringProbabilityConfig": "firing_probabilities",
     "Report": "report",
     "SYNTHETIC_MODEL_CONFIG_FILENAME": "model",
@@ -277,14 +301,19 @@ _HOMES = {
     "SYNTHETIC_MODEL_WEIGHTS_FILENAME": "model",
     "SeedConsistency": "scores",
     "ShrinkageCalculator": "scores",
+    "Snapshot": "training",
     "SparseModifier": "modifiers",
     "StructureScores": "absorption",
     "SuperpositionStats": "stats",
     "SyntheticActivationIterator": "source",
     "SyntheticBatches": "source",
     "SyntheticDataEvalResult": "evaluation",
+    "SyntheticHubError": "hub",
     "SyntheticModel": "model",
     "SyntheticModelConfig": "model",
+    "SyntheticSAERunner": "runner",
+    "SyntheticSAERunnerConfig": "runner",
+    "SyntheticSAERunnerResult": "runner",
     "SyntheticSource": "source",
     "SyntheticSourceConfig": "source",
     "ZipfianFiringProbabilityConfig": "firing_probabilities",
@@ -331,6 +360,7 @@ _HOMES = {
     "structure_scores": "absorption",
     "train_toy_sae": "training",
     "untrained_like": "evaluation",
+    "upload_synthetic_model_to_huggingface": "upload",
     "zipfian_firing_probabilities": "firing_probabilities",
 }
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from sae_core import SAE
 from sae_core.config import require
 from sae_core.errors import ConfigError
+from torch import Tensor
 
 from sae_synthetic._random import derived_seed, generator_for
 from sae_synthetic.features import FeatureDictionary
@@ -31,7 +32,16 @@ from sae_synthetic.scores import (
     feature_uniqueness,
 )
 
-__all__ = ["SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "untrained_like"]
+__all__ = ["ActivationScaler", "SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "untrained_like"]
+
+
+@runtime_checkable
+class ActivationScaler(Protocol):
+    """What brings activations into an SAE's units, and its output back: SAELens's class of that name, or any other."""
+
+    def scale(self, acts: Tensor, /) -> Tensor: ...
+
+    def unscale(self, acts: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class SyntheticDataEvalResult:
     `true_l0` and `sae_l0` are mean active features and latents a sample; `dead_latents` never fired; `shrinkage` is the
     mean of |reconstruction| / |input|; `mcc` matches decoder directions to true ones by |cosine|, `signed_mcc` by cosine;
     `uniqueness` is the share of distinct best matches; `classification` takes latents as detectors. `baseline` holds the
-    same of an SAE that is `untrained_like` the one judged: what a random dictionary gets for nothing.
+    same of an SAE that is `untrained_like` the one judged: what a random dictionary gets for nothing. The last four are None
+    where nobody measured them.
     """
 
     true_l0: float
@@ -52,9 +63,9 @@ class SyntheticDataEvalResult:
     mcc: float
     uniqueness: float
     classification: ClassificationMetrics
-    signed_mcc: float
-    num_latents: int
-    num_samples: int
+    signed_mcc: float | None = None
+    num_latents: int | None = None
+    num_samples: int | None = None
     baseline: SyntheticDataEvalResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,12 +84,14 @@ def eval_sae_on_synthetic_data(
     activations_generator: ActivationGenerator,
     num_samples: int = 100_000,
     batch_size: int | None = None,
+    activation_scaler: ActivationScaler | None = None,
     baseline: bool = True,
 ) -> SyntheticDataEvalResult:
     """Scores of `sae` on `num_samples` held-out samples, `batch_size` (by default 4,096) at a time.
 
-    `baseline` adds those of an untrained SAE on the same samples, for as much time again. Memory follows the batch size
-    alone. The SAE is put into eval mode meanwhile. Raises ConfigError for sizes that do not fit each other.
+    `activation_scaler` scales what the SAE reads, and its output back, for an SAE that does not do so itself. `baseline` adds
+    those of an untrained SAE on the same samples, for as much time again. Memory follows the batch size alone. The SAE is put
+    into eval mode meanwhile. Raises ConfigError for sizes that do not fit each other.
     """
     require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     require(batch_size is None or batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
@@ -87,7 +100,7 @@ def eval_sae_on_synthetic_data(
             f"the SAE has d_in {sae.d_in}, the dictionary {feature_dict.num_features} features in {feature_dict.hidden_dim} "
             f"dimensions, the generator {activations_generator.num_features} features: they do not fit each other"
         )
-    world = (feature_dict, activations_generator, num_samples, batch_size)
+    world = (feature_dict, activations_generator, num_samples, batch_size, activation_scaler)
     generator = activations_generator.held_out()
     directions, truth_vectors = sae.W_dec.detach(), feature_dict.feature_vectors.detach()
     true_l0, sae_l0, dead = L0Calculator(), L0Calculator(), DeadLatentsCalculator(sae.d_sae)
@@ -95,18 +108,22 @@ def eval_sae_on_synthetic_data(
     detectors = ClassificationMetricsCalculator(directions, truth_vectors)
     was_training = sae.training
     sae.eval()
-    for start in range(0, num_samples, batch_size or 4096):
-        truth = generator.sample_codes(min(batch_size or 4096, num_samples - start))
-        hidden = feature_dict(truth).to(sae.device, sae.dtype)
-        latents = sae.encode_sparse(hidden)
-        output = sae.decode(latents, hidden)
-        true_l0.add_batch(truth)
-        sae_l0.add_batch(latents)
-        dead.add_batch(latents)
-        shrinkage.add_batch(output, hidden)
-        variance.add_batch(output, hidden)
-        detectors.add_batch(latents, truth)
-    sae.train(was_training)
+    try:
+        for start in range(0, num_samples, batch_size or 4096):
+            truth = generator.sample_codes(min(batch_size or 4096, num_samples - start))
+            hidden = feature_dict(truth).to(sae.device, sae.dtype)
+            read = hidden if activation_scaler is None else activation_scaler.scale(hidden)
+            latents = sae.encode_sparse(read)
+            output = sae.decode(latents, read)
+            output = output if activation_scaler is None else activation_scaler.unscale(output)
+            true_l0.add_batch(truth)
+            sae_l0.add_batch(latents)
+            dead.add_batch(latents)
+            shrinkage.add_batch(output, hidden)
+            variance.add_batch(output, hidden)
+            detectors.add_batch(latents, truth)
+    finally:
+        sae.train(was_training)
     return SyntheticDataEvalResult(
         true_l0=true_l0.compute(),
         sae_l0=sae_l0.compute(),

@@ -42,9 +42,9 @@ class MagnitudeConfig(GeneratorConfig):
         return _REGISTRY.name_of(cls)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MagnitudeConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> MagnitudeConfig:
         """The config that some kind's `to_dict` wrote. Raises ConfigError or UnknownNameError."""
-        return _REGISTRY.from_dict(data, "magnitude")
+        return _REGISTRY.from_dict(d, "magnitude")
 
     @abstractmethod
     def generate(self, num_features: int, seed: int | None = None) -> Tensor:

@@ -71,9 +71,9 @@ class FiringProbabilityConfig(GeneratorConfig):
         return _REGISTRY.name_of(cls)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FiringProbabilityConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> FiringProbabilityConfig:
         """The config that some kind's `to_dict` wrote. Raises ConfigError or UnknownNameError."""
-        return _REGISTRY.from_dict(data, "firing_probability")
+        return _REGISTRY.from_dict(d, "firing_probability")
 
     @abstractmethod
     def generate(self, num_features: int, seed: int | None = None) -> Tensor:

@@ -78,9 +78,9 @@ class HierarchyConfig:
         return settings
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> HierarchyConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> HierarchyConfig:
         """The config that `to_dict` wrote. Raises ConfigError."""
-        return structure(data, cls, where="hierarchy")
+        return structure(d, cls, where="hierarchy")
 
 
 @final
@@ -112,11 +112,11 @@ class Hierarchy:
         return {"roots": [root.to_dict() for root in self.roots]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Hierarchy:
+    def from_dict(cls, d: Mapping[str, Any]) -> Hierarchy:
         """The forest that `to_dict` wrote. Raises ConfigError."""
-        if not isinstance(data, Mapping) or set(data) != {"roots"} or not isinstance(data["roots"], list):
+        if not isinstance(d, Mapping) or set(d) != {"roots"} or not isinstance(d["roots"], list):
             raise ConfigError("hierarchy: expected a mapping with the single key 'roots', a list of nodes")
-        return cls([HierarchyNode.from_dict(root) for root in data["roots"]])
+        return cls([HierarchyNode.from_dict(root) for root in d["roots"]])
 
     def compute_probability_correction_factors(self, base_firing_probabilities: Tensor) -> Tensor:
         """(N,) factors for the probabilities of features so that the hierarchy does not make them rarer.

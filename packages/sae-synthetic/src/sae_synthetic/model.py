@@ -23,7 +23,7 @@ from typing import Any, cast, final
 import torch
 from sae_core import SparseCodes
 from sae_core.config import option, require, structure
-from sae_core.errors import ConfigError, FormatError, MissingDependencyError, did_you_mean
+from sae_core.errors import ConfigError, FormatError, did_you_mean
 from sae_core.format.files import read_safetensors
 from sae_core.format.write import write_atomically
 from torch import Tensor
@@ -75,9 +75,9 @@ class OrthogonalizationConfig:
         return settings_of(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> OrthogonalizationConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> OrthogonalizationConfig:
         """The config that `to_dict` wrote. Raises ConfigError."""
-        return structure(data, cls, where="orthogonalization")
+        return structure(d, cls, where="orthogonalization")
 
 
 @final
@@ -98,9 +98,9 @@ class LowRankCorrelationConfig:
         return settings_of(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LowRankCorrelationConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> LowRankCorrelationConfig:
         """The config that `to_dict` wrote. Raises ConfigError."""
-        return structure(data, cls, where="correlation")
+        return structure(d, cls, where="correlation")
 
 
 @final
@@ -161,16 +161,16 @@ class SyntheticModelConfig:
         return {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in plain.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SyntheticModelConfig:
+    def from_dict(cls, d: Mapping[str, Any]) -> SyntheticModelConfig:
         """The config that `to_dict` wrote. Raises ConfigError for unknown keys and impossible values."""
         known = [field.name for field in fields(cls)]
-        unknown = [key for key in data if key not in known]
+        unknown = [key for key in d if key not in known]
         if unknown:
             hint = did_you_mean(str(unknown[0]), known)
             raise ConfigError(f"synthetic model: unknown key {unknown[0]!r}{hint} (known: {', '.join(known)})")
-        missing = [key for key in ("num_features", "hidden_dim") if key not in data]
+        missing = [key for key in ("num_features", "hidden_dim") if key not in d]
         require(not missing, f"synthetic model: missing key {', '.join(missing)}")
-        values = dict(data)
+        values = dict(d)
         for key, read in _NESTED.items():
             if isinstance(values.get(key), Mapping):
                 values[key] = read(values[key])
@@ -379,26 +379,19 @@ class SyntheticModel:
         force_download: bool = False,
         revision: str | None = None,
     ) -> SyntheticModel:
-        """A published model from the Hugging Face Hub; `model_path` is its folder in the repository."""
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError as error:
-            raise MissingDependencyError(
-                "from_pretrained needs huggingface_hub: pip install huggingface_hub"
-            ) from error
-        prefix = f"{model_path.strip('/')}/" if model_path else ""
-        files = (
+        """A published model from the Hugging Face Hub; `model_path` is its folder in the repository.
+
+        Raises SyntheticHubError where the Hub has not what is asked for, FormatError where it is no synthetic model.
+        """
+        from sae_synthetic.hub import fetch_folder
+
+        names = (
             SYNTHETIC_MODEL_CONFIG_FILENAME,
             SYNTHETIC_MODEL_WEIGHTS_FILENAME,
             SYNTHETIC_MODEL_HIERARCHY_FILENAME,
         )
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=[prefix + name for name in files],
-            force_download=force_download,
-        )
-        return cls.load_from_disk(Path(folder) / prefix, device=device)
+        folder = fetch_folder(repo_id, model_path or "", names, revision=revision, force_download=force_download)
+        return cls.load_from_disk(folder, device=device)
 
     @classmethod
     def load_from_source(
@@ -407,8 +400,8 @@ class SyntheticModel:
         """A model from a config, a folder, or a repository of the Hub as ``owner/name`` or ``owner/name:folder``."""
         if isinstance(source, SyntheticModelConfig):
             return cls(source, device=device)
-        if Path(source).exists():
-            return cls.load_from_disk(source, device=device)
+        if (folder := Path(source).expanduser()).exists():
+            return cls.load_from_disk(folder, device=device)
         repo_id, _, model_path = str(source).partition(":")
         if repo_id.count("/") != 1:
             raise FormatError(f"{source}: neither a folder nor a repository of the form owner/name")

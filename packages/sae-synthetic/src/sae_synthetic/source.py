@@ -18,7 +18,7 @@ from sae_core.errors import ConfigError, DataError
 from sae_core.sae import as_device
 from torch import Tensor
 
-from sae_synthetic.features import FeatureDictionary
+from sae_synthetic.features import FeatureDictionary, decode_codes
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
 
@@ -29,7 +29,8 @@ __all__ = ["SyntheticActivationIterator", "SyntheticBatches", "SyntheticSource",
 class SyntheticActivationIterator:
     """Endless batches of hidden activations (batch_size, hidden_dim) of a dictionary and a generator.
 
-    It is an iterator, and a source for `sae_core.Trainer`, which asks for its own batch size.
+    It is an iterator, and a source for `sae_core.Trainer`, which asks for its own batch size. With `autocast`, the features
+    are summed in bfloat16.
 
     >>> world = SyntheticActivationIterator(FeatureDictionary(4, 8, seed=0), ActivationGenerator(4, 0.5, seed=0), 16)
     >>> next(world).shape, world.d_in
@@ -37,7 +38,11 @@ class SyntheticActivationIterator:
     """
 
     def __init__(
-        self, feature_dict: FeatureDictionary, activations_generator: ActivationGenerator, batch_size: int
+        self,
+        feature_dict: FeatureDictionary,
+        activations_generator: ActivationGenerator,
+        batch_size: int,
+        autocast: bool = False,
     ) -> None:
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(
@@ -47,6 +52,7 @@ class SyntheticActivationIterator:
         self.feature_dict = feature_dict
         self.activations_generator = activations_generator
         self.batch_size = batch_size
+        self.autocast = autocast
 
     @property
     def d_in(self) -> int:
@@ -60,13 +66,13 @@ class SyntheticActivationIterator:
 
     def batches(self, batch_size: int) -> SyntheticBatches:
         """Batches of that size, for ever; they continue the generator, whoever else draws from it."""
-        return SyntheticBatches(self.feature_dict, self.activations_generator, batch_size)
+        return SyntheticBatches(self.feature_dict, self.activations_generator, batch_size, autocast=self.autocast)
 
     @torch.no_grad()
     def sample_with_codes(self, batch_size: int) -> tuple[Tensor, SparseCodes]:
         """(batch_size, hidden_dim) activations, and the features behind them."""
         codes = self.activations_generator.sample_codes(batch_size)
-        return self.feature_dict(codes), codes
+        return _hidden(self.feature_dict, codes, self.autocast), codes
 
     def next_batch(self) -> Tensor:
         """The next batch."""
@@ -91,7 +97,8 @@ class SyntheticActivationIterator:
 class SyntheticBatches(Iterator[Tensor]):
     """One row of batches (batch_size, hidden_dim); `state_dict` holds the place in it.
 
-    `total_samples` ends it, with a shorter last batch; None never does. Raises ConfigError for sizes below 1.
+    `total_samples` ends it, with a shorter last batch; None never does. `autocast` sums features in bfloat16. Raises
+    ConfigError for sizes below 1.
 
     >>> row = SyntheticBatches(FeatureDictionary(4, 8, seed=0), ActivationGenerator(4, 0.5, seed=0), 16, total_samples=24)
     >>> [len(batch) for batch in row], row.state_dict()["samples"]
@@ -104,11 +111,14 @@ class SyntheticBatches(Iterator[Tensor]):
         generator: ActivationGenerator,
         batch_size: int,
         total_samples: int | None = None,
+        *,
+        autocast: bool = False,
     ) -> None:
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(total_samples is None or total_samples >= 1, f"total_samples must be at least 1, not {total_samples}")
         self._features, self._generator = feature_dict, generator
         self._batch_size, self._total = batch_size, total_samples
+        self._autocast = autocast
         self._samples = 0
 
     def __iter__(self) -> SyntheticBatches:
@@ -119,7 +129,7 @@ class SyntheticBatches(Iterator[Tensor]):
         size = self._batch_size if self._total is None else min(self._batch_size, self._total - self._samples)
         if size <= 0:
             raise StopIteration
-        batch = self._features(self._generator.sample_codes(size))
+        batch = _hidden(self._features, self._generator.sample_codes(size), self._autocast)
         self._samples += size
         return batch
 
@@ -136,6 +146,13 @@ class SyntheticBatches(Iterator[Tensor]):
             raise DataError(f"synthetic batches: state 'samples' must be a non-negative integer, not {samples!r}")
         self._generator.load_state_dict(dict(generator))
         self._samples = samples
+
+
+def _hidden(features: FeatureDictionary, codes: SparseCodes, autocast: bool) -> Tensor:
+    """(rows, hidden_dim) activations; summed in bfloat16 and given in the bias's precision where `autocast` says so."""
+    if not autocast:
+        return features(codes)
+    return decode_codes(codes.to(torch.bfloat16), features.feature_vectors.bfloat16()) + features.bias
 
 
 @dataclass(frozen=True, kw_only=True)

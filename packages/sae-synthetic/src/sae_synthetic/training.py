@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from sae_core import SAE, TrainConfig, Trainer, TrainResult
@@ -13,9 +15,20 @@ from sae_synthetic.features import FeatureDictionary
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.source import SyntheticActivationIterator
 
-__all__ = ["train_toy_sae"]
+__all__ = ["Snapshot", "due_steps", "refuse_autocast", "train_toy_sae"]
 
 _DEAD_AFTER_STEPS = 1000
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Training at one moment: the SAE itself, not a copy, and how far it is. `trainer` is what trains it."""
+
+    sae: SAE
+    n_training_steps: int
+    n_training_samples: int
+    trainer: Trainer
 
 
 def train_toy_sae(
@@ -29,22 +42,26 @@ def train_toy_sae(
     lr_decay_steps: int = 0,
     device: str | torch.device = "cpu",
     n_snapshots: int = 0,
-    snapshot_fn: Callable[[Trainer], None] | None = None,
+    snapshot_fn: Callable[[Snapshot], None] | None = None,
+    autocast_sae: bool = False,
+    autocast_data: bool = False,
     progress_bar: bool = True,
 ) -> TrainResult:
     """Train `sae` in place on activations of the world; returns what the trainer recorded.
 
-    `snapshot_fn` is called with the trainer (`.sae`, `.samples`, `.steps`) at `n_snapshots` evenly spaced points, the last
-    of them the end. b_dec starts where it is, so an SAE that was initialised at the truth starts there.
+    `snapshot_fn` is called with a `Snapshot` at `n_snapshots` evenly spaced points, the last of them the end. b_dec starts
+    where it is, so an SAE that was initialised at the truth starts there. `autocast_data` sums features in bfloat16;
+    `autocast_sae` is refused with a ConfigError that says what there is instead.
     """
+    refuse_autocast(autocast_sae)
     require(n_snapshots >= 0, f"n_snapshots must not be negative, found {n_snapshots}")
     require(not n_snapshots or snapshot_fn is not None, "n_snapshots asks for snapshots, but snapshot_fn is missing")
-    steps = -(-training_samples // batch_size)
-    due = {round(steps * (i + 1) / n_snapshots) for i in range(n_snapshots)}
+    due = due_steps(-(-training_samples // batch_size), n_snapshots)
 
     def snapshot(progress: Progress) -> None:
-        if snapshot_fn is not None and progress.trainer.steps in due:
-            snapshot_fn(progress.trainer)
+        trainer = progress.trainer
+        if snapshot_fn is not None and trainer.steps in due:
+            snapshot_fn(Snapshot(trainer.sae, trainer.steps, trainer.samples, trainer))
 
     config = TrainConfig(
         total_samples=training_samples,
@@ -58,5 +75,23 @@ def train_toy_sae(
     )
     feature_dict.to(device)
     activations_generator.to(device)
-    source = SyntheticActivationIterator(feature_dict, activations_generator, batch_size)
+    source = SyntheticActivationIterator(feature_dict, activations_generator, batch_size, autocast=autocast_data)
     return Trainer(sae.to(device), source, config, callbacks=[snapshot]).fit()
+
+
+def due_steps(steps: int, times: int) -> set[int]:
+    """The steps at which something is due that happens `times` times, evenly spaced, the last time at the end.
+
+    >>> sorted(due_steps(40, 4))
+    [10, 20, 30, 40]
+    """
+    return {round(steps * (i + 1) / times) for i in range(times)}
+
+
+def refuse_autocast(autocast_sae: bool) -> None:
+    """Raise ConfigError for what a trainer cannot honour: it computes in the precision of the SAE's parameters."""
+    require(
+        not autocast_sae,
+        "autocast_sae: training computes in the precision of the SAE's parameters, and knows no mixed one; make the SAE with "
+        "create(..., dtype='bfloat16'), or train with sae_core.Trainer and TrainConfig(encoder_product='bfloat16')",
+    )

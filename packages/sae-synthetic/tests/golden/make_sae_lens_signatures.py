@@ -1,8 +1,13 @@
-"""Write the argument names and plain defaults of SAELens' synthetic functions and classes to `signatures.json`.
+"""Write the public names of SAELens' synthetic package, and how each is called, to `signatures.json`.
 
 Run with the Python of an environment that holds SAELens, in this folder:
 
     python make_sae_lens_signatures.py
+
+Per name of ``sae_lens.synthetic.__all__``: `kind` (class, function, alias or constant), `parameters` with their defaults
+(``"required"``, ``[default]`` where JSON can hold it, else ``"other"``), and of classes `members`, public methods and
+properties that they define themselves. Names that SAELens exports beside the list are taken too. `architectures` are the names
+of its classes of SAEs.
 """
 
 from __future__ import annotations
@@ -10,44 +15,63 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 warnings.simplefilter("ignore")
 
-from sae_lens import synthetic, util  # noqa: E402 - its import is what the filter above silences
-
-NAMES = """
-FeatureDictionary orthogonal_initializer orthogonalize_embeddings ActivationGenerator ActivationGenerator.sample
-HierarchyNode HierarchyNode.from_dict HierarchyNode.validate HierarchyNode.get_all_feature_indices hierarchy_modifier
-zipfian_firing_probabilities linear_firing_probabilities random_firing_probabilities
-create_correlation_matrix_from_correlations generate_random_correlations generate_random_correlation_matrix
-cosine_similarities SyntheticActivationIterator SyntheticActivationIterator.next_batch SyntheticDataEvalResult
-train_toy_sae eval_sae_on_synthetic_data mean_correlation_coefficient init_sae_to_match_feature_dict
-find_best_feature_ordering find_best_feature_ordering_from_sae find_best_feature_ordering_across_saes
-plot_sae_feature_similarity SyntheticModel SyntheticModel.sample SyntheticModel.sample_with_features SyntheticModel.save
-SyntheticModel.load_from_disk SyntheticModel.from_pretrained SyntheticModel.load_from_source SyntheticModel.to
-SyntheticModelConfig LowRankCorrelationMatrix generate_random_low_rank_correlation_matrix HierarchyConfig
-generate_hierarchy Hierarchy Hierarchy.compute_probability_correction_factors OrthogonalizationConfig
-LowRankCorrelationConfig ZipfianFiringProbabilityConfig LinearFiringProbabilityConfig RandomFiringProbabilityConfig
-ConstantFiringProbabilityConfig ConstantMagnitudeConfig LinearMagnitudeConfig ExponentialMagnitudeConfig
-FoldedNormalMagnitudeConfig FoldedNormalMagnitudeConfig.generate register_firing_probability register_magnitude
-get_firing_probability_class get_magnitude_class generate_magnitudes compute_correlation_matrix_stats
-compute_low_rank_correlation_matrix_stats compute_superposition_stats CorrelationMatrixStats SuperpositionStats
-"""
+from sae_lens import synthetic  # noqa: E402 - its import is what the filter above silences
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY  # noqa: E402
 
 
-def plain(parameter: inspect.Parameter) -> object:
-    """The default where JSON can hold it, else a word for it."""
-    if parameter.default is parameter.empty:
-        return "required"
-    return [parameter.default] if isinstance(parameter.default, bool | int | float | str | None) else "other"
+def parameters(thing: object) -> dict[str, object]:
+    """Names and defaults of what can be passed."""
+    found: dict[str, object] = {}
+    for p in inspect.signature(thing).parameters.values():  # type: ignore[arg-type]
+        if p.name in ("self", "cls"):
+            continue
+        if p.default is p.empty:
+            found[p.name] = "required"
+        else:
+            found[p.name] = [p.default] if isinstance(p.default, bool | int | float | str | None) else "other"
+    return found
 
 
-found = {}
-for name in NAMES.split():
-    first, _, method = name.partition(".")
-    thing = getattr(synthetic, first, None) or getattr(util, first)
-    thing = getattr(thing, method) if method else thing
-    parameters = [p for p in inspect.signature(thing).parameters.values() if p.name != "self"]
-    found[name] = {p.name: plain(p) for p in parameters}
-(Path(__file__).parent / "signatures.json").write_text(json.dumps(found, indent=1) + "\n")
+def members(cls: type) -> dict[str, object]:
+    """Public methods and properties that SAELens defines in the class or in one of its own bases."""
+    found: dict[str, object] = {}
+    own = [base for base in cls.__mro__ if base.__module__.startswith("sae_lens")]
+    for base in reversed(own):
+        for name, value in vars(base).items():
+            if name.startswith("_"):
+                continue
+            if isinstance(value, property):
+                found[name] = "property"
+            elif isinstance(value, classmethod | staticmethod) or inspect.isfunction(value):
+                found[name] = parameters(getattr(cls, name))
+    return dict(sorted(found.items()))
+
+
+def describe(thing: object) -> dict[str, object]:
+    """What the name stands for."""
+    if isinstance(thing, bool | int | float | str):
+        return {"kind": "constant", "value": thing}
+    if inspect.isclass(thing):
+        return {"kind": "class", "parameters": parameters(thing), "members": members(thing)}
+    if inspect.isfunction(thing):
+        return {"kind": "function", "parameters": parameters(thing)}
+    return {"kind": "alias"}
+
+
+public = {
+    name for name, value in vars(synthetic).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+}
+names = sorted({*synthetic.__all__, *public})
+registries = (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY)
+table = {
+    "sae_lens": version("sae-lens"),
+    "architectures": sorted({classes[0].__name__ for registry in registries for classes in registry.values()}),
+    "names": {name: describe(getattr(synthetic, name)) for name in names},
+}
+(Path(__file__).parent / "signatures.json").write_text(json.dumps(table, indent=1) + "\n")
