@@ -19,7 +19,7 @@ from sae_core.errors import ConfigError, FormatError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.plugins import get_registry
 from sae_core.protocols import Logger
-from sae_core.training.trainer import Progress
+from sae_core.training.trainer import Progress, Record
 
 from sae_synthetic.evaluation import SyntheticDataEvalResult, eval_sae_on_synthetic_data
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
@@ -187,7 +187,7 @@ class SyntheticSAERunnerResult:
     synthetic_model: SyntheticModel
     final_eval: SyntheticDataEvalResult | None
     output_path: Path | None
-    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    history: list[Record] = field(default_factory=list[Record])
     evaluations: dict[int, SyntheticDataEvalResult] = field(default_factory=dict[int, SyntheticDataEvalResult])
 
 
