@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from protocol import Job, Spec, quantile_shift, serve
 from sae_core import TrainConfig, Trainer, create
+from sae_core.ops.memory import large_memory_is_kept
+
+_for_the_process = ExitStack()
 
 
 def build(spec: Spec, x: torch.Tensor) -> Job:
@@ -44,6 +48,7 @@ def build(spec: Spec, x: torch.Tensor) -> Job:
         log_every_steps=2,
         progress_bar=False,
     )
+    _for_the_process.enter_context(large_memory_is_kept())  # as Trainer.fit does around its steps
     trainer = Trainer(sae, [], config)
     sae.train()
     last: list[Any] = [None]

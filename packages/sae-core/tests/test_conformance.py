@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from sae_core.folding import fold_normalization
 from sae_core.plugins import ArchitectureSpec, Registry, get_registry, reset_registry
 from sae_core.plugins.finding import find_own_plugin
 from sae_core.plugins.switches import Switches
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput
+from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput
 from sae_core.testing import CHECKS, Subject, check_architecture, parametrize_with_checks
 from torch import Tensor, nn
 
@@ -25,29 +25,43 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "abstopk": {"k": 4},
     "batchtopk": {"k": 4},
     "groupmax": {"k": 4},
-    "jumprelu_skip_transcoder": {"d_out": 12},
-    "jumprelu_transcoder": {"d_out": 12},
     "matryoshka_batchtopk": {"k": 4, "matryoshka_widths": [16, 32, 64]},
-    "skip_transcoder": {"d_out": 12},
     "temporal": {"n_heads": 2, "bottleneck_factor": 4},
     "topk": {"k": 4},
-    "topk_skip_transcoder": {"d_out": 12, "k": 4},
-    "topk_transcoder": {"d_out": 12, "k": 4},
+}
+LINEAR = (
+    "abstopk", "batchtopk", "gated", "groupmax", "jumprelu", "matryoshka_batchtopk", "standard", "topk"
+)  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
     "transcoder": {"d_out": 12},
+    "skip_transcoder": {"d_out": 12, "skip": True},
+    "crosscoder": {"reads": {"a": 9, "b": 7}},
 }
 EXCEPTIONS = {
     "temporal": {"check_rows_are_independent": "rows are positions of a sequence and depend on those before them"},
-    "matching_pursuit": {"check_saving_normalised": "its rows have unit norm, so latents take the unit of the input"},
 }
 OURS = {
     contribution.spec.name: CONFIGS.get(contribution.spec.name, {})
     for contribution in Registry(find_own_plugin, Switches()).contributions("architecture")
 }
+# What a shape adds to an architecture's config is in the checks that train, save and look at gradients.
+OF_SHAPES = (
+    "check_shapes", "check_sparse_is_dense", "check_gradients", "check_learns", "check_state_dict", "check_saving_normalised"
+)  # fmt: skip
 
 
 @parametrize_with_checks({name: config for name, config in OURS.items() if name not in EXCEPTIONS})
 def test_our_architectures_conform(check: Any) -> None:
     check()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LINEAR)
+def test_architectures_of_the_linear_frame_conform_in_every_shape(name: str, shape: str) -> None:
+    subject = Subject(name, OURS[name] | SHAPES[shape])
+    for check in CHECKS:
+        if check.__name__ in OF_SHAPES:
+            check(subject)
 
 
 @pytest.mark.parametrize("name", sorted(EXCEPTIONS))
@@ -59,6 +73,7 @@ def test_architectures_with_exceptions_conform_but_for_those(name: str) -> None:
 
 def test_a_config_or_an_exception_for_an_architecture_that_is_gone_is_removed_too() -> None:
     assert {*CONFIGS, *EXCEPTIONS} <= OURS.keys()
+    assert set(LINEAR) == OURS.keys() - {"matching_pursuit", "temporal"}
 
 
 # -- a correct implementation, and wrong ones that differ from it in one thing ------------------------------------------
@@ -76,6 +91,12 @@ class Plain(SAE[PlainConfig]):
 
     architecture = "plain"
     config_class = PlainConfig
+    AXES: ClassVar[dict[str, Axis]] = {
+        "W_enc": Axis(1, "with_norm"),
+        "b_enc": Axis(0, "with_norm"),
+        "W_dec": Axis(0, "against_norm"),
+        "b_dec": Axis(None),
+    }
 
     def __init__(self, config: PlainConfig) -> None:
         super().__init__(config)
@@ -114,7 +135,12 @@ class Plain(SAE[PlainConfig]):
         tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
         config = self.config
         if self.normalization.folds:
-            tensors = fold_normalization(tensors, self.normalization, apply_b_dec_to_input=config.apply_b_dec_to_input)
+            fixed = self.normalization.fixed_map()
+            tensors["encoder"] = tensors.pop("W_enc").t()
+            tensors = fold_normalization(
+                tensors, fixed, fixed, centred=config.apply_b_dec_to_input, biases={"b_enc": None}
+            )
+            tensors["W_enc"] = tensors.pop("encoder").t()
             config = replace(config, normalize_activations="none", activation_normalization_factor=1.0)
         return Export(self.architecture, config, tensors)
 
@@ -233,6 +259,8 @@ class InPlace(Plain):
 class Counting(Plain):
     """Changes its own state in eval mode."""
 
+    AXES = Plain.AXES | {"calls": Axis(None)}
+
     def __init__(self, config: PlainConfig) -> None:
         super().__init__(config)
         self.register_buffer("calls", torch.zeros(()))
@@ -282,6 +310,8 @@ class HiddenTerm(Plain):
 
 class Unused(Plain):
     """Has a parameter that nothing uses."""
+
+    AXES = Plain.AXES | {"b_lost": Axis(0)}
 
     def __init__(self, config: PlainConfig) -> None:
         super().__init__(config)
@@ -360,7 +390,7 @@ WRONG: list[tuple[str, type, str]] = [
     ("check_class", StillAbstract, "does not implement all abstract methods"),
     ("check_class", NoSAE, "not a subclass of sae_core.SAE"),
     ("check_config", Unexplained, "fields without help: strength"),
-    ("check_config", Lax, "was accepted"),
+    ("check_config", Lax, "negative dimension"),
     ("check_seed", GlobalSeed, "used the global random generator"),
     ("check_seed", ForgottenBias, "does not set all of 'b_dec'"),
     ("check_shapes", Squeezing, r"sae\(x\) of \(1, 16\) is \(16,\)"),

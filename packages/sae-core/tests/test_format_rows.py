@@ -14,33 +14,41 @@ X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 ROWS = [9, 0, 4]
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "SAE": {},
+    "transcoder": {"d_out": 5},
+    "skip transcoder": {"d_out": 5, "skip": True},
+    "crosscoder": {"reads": {"a": 4, "b": 2}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("architecture", "fields"),
-    [
-        ("standard", {}),
-        ("gated", {}),
-        ("jumprelu", {"jumprelu_init_threshold": 0.2}),
-        ("transcoder", {"d_out": 5}),
-        ("jumprelu_skip_transcoder", {"d_out": 5}),
-    ],
+    ("architecture", "fields"), [("standard", {}), ("gated", {}), ("jumprelu", {"jumprelu_init_threshold": 0.02})]
 )
 def test_rows_loads_some_latents_with_the_values_they_have_among_all(
-    tmp_path: Path, architecture: str, fields: dict[str, Any]
+    tmp_path: Path, architecture: str, fields: dict[str, Any], shape: str
 ) -> None:
+    fields = fields | SHAPES[shape]
     whole = create(architecture, d_in=6, d_sae=12, seed=1, **fields).eval()
     some = SAE.load(whole.save(tmp_path / "sae"), rows=ROWS)
     assert (some.d_sae, some.metadata["rows"]) == (3, ROWS)
     torch.testing.assert_close(some.encode(X), whole.encode(X)[:, ROWS])
     assert torch.equal(some.W_dec, whole.W_dec[ROWS])
     assert torch.equal(some.b_dec, whole.b_dec)
+    assert bool(some.encode(X).any())
+    assert (some.reads, some.writes) == (whole.reads, whole.writes)
+    if shape == "skip transcoder":
+        assert torch.equal(some.W_skip, whole.W_skip)
 
 
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [
         ("topk", {"k": 2}),
+        ("topk", {"k": 2, "d_out": 5, "skip": True}),
         ("groupmax", {"k": 2}),
-        ("abstopk", {"k": 2}),
+        ("abstopk", {"k": 2, "reads": {"a": 4, "b": 2}}),
         ("matching_pursuit", {}),
         ("temporal", {"n_heads": 2, "bottleneck_factor": 2, "kval_topk": 2}),
     ],

@@ -70,7 +70,7 @@ def test_whitened_activations_have_unit_covariance() -> None:
 
 @pytest.mark.parametrize("name", ["expected_average_only_in", "covariance_whitening"])
 def test_statistics_that_are_not_there_are_an_error_that_says_how_to_get_them(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"sae\.normalization\.fit"):
+    with pytest.raises(ConfigError, match=r"sae\.fit_normalization\(batch\)"):
         Normalization(name, 3)(torch.ones(1, 3))
 
 

@@ -17,6 +17,7 @@ from sae_core.ops.encode import encode_dense, encode_entries
 from sae_core.ops.own_rows import with_own_rows
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Above, AbsTopK, GroupMax, Selection, TopK
+from sae_core.training.trainer import Progress
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,11 +34,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "_MAX_DENSITY", 1.0 / 8)
     monkeypatch.setattr(batch_topk, "_PIECE_ENTRIES", 50)
     monkeypatch.setattr(batch_topk, "_SAMPLE_ROWS", 2)
-    monkeypatch.setattr(memory, "_WORTHWHILE_BYTES", 0)
 
 
 def problem(rows: int, d_in: int, d_sae: int, seed: int, *, levels: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, centre, W_enc, b_enc in float64; with `levels`, small integers, so that values repeat and rows can be zero."""
+    """x, centre, encoder, b_enc in float64; with `levels`, small integers: values repeat and rows can be zero."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
@@ -45,7 +45,7 @@ def problem(rows: int, d_in: int, d_sae: int, seed: int, *, levels: int = 0) -> 
             return torch.randint(-levels, levels + 1, size, generator=g).double()
         return torch.randn(size, generator=g, dtype=torch.float64)
 
-    return draw(rows, d_in), draw(d_in), draw(d_in, d_sae), draw(d_sae)
+    return draw(rows, d_in), draw(d_in), draw(d_in, d_sae).t().contiguous(), draw(d_sae)
 
 
 @few
@@ -86,7 +86,7 @@ def test_row_selections_keep_what_their_dense_twins_keep(
     scale = (
         torch.rand(d_sae, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1 if scaled else None
     )
-    pre = x @ W + b
+    pre = x @ W.t() + b
     factor = 1.0 if scale is None else scale
     assert torch.allclose(TopK(k, scale)(EncoderProduct(x, W, b)).to_dense(), kept(pre, pre * factor, k))
     assert torch.allclose(AbsTopK(k, scale)(EncoderProduct(x, W, b)).to_dense(), kept(pre, (pre * factor).abs(), k))
@@ -115,7 +115,7 @@ def test_batch_topk_is_exact(shape: tuple[int, int, int, int], k: float, scaled:
     )
     codes = BatchTopK(k, scale)(EncoderProduct(x, W, b))
     rank = codes.values if scale is None else codes.values * scale[codes.indices]
-    assert torch.allclose(rank.sort(descending=True).values, batch_twin(x @ W + b, k, scale))
+    assert torch.allclose(rank.sort(descending=True).values, batch_twin(x @ W.t() + b, k, scale))
     assert torch.allclose(codes.to_dense().flatten()[codes.row_ids() * shape[2] + codes.indices], codes.values)
 
 
@@ -125,22 +125,22 @@ def test_batch_topk_is_exact_when_all_mass_is_in_one_row(row: int, k: float) -> 
     g = torch.Generator().manual_seed(row)
     x = torch.rand(64, 3, generator=g, dtype=torch.float64) * 1e-6
     x[row] = torch.tensor([1e3, 2e3, 3e3])
-    W, b = torch.randn(3, 40, generator=g, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
+    W, b = torch.randn(40, 3, generator=g, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
     codes = BatchTopK(k)(EncoderProduct(x, W, b))
-    assert torch.allclose(codes.values.sort(descending=True).values, batch_twin(x @ W, k, None), rtol=1e-9, atol=0)
+    assert torch.allclose(codes.values.sort(descending=True).values, batch_twin(x @ W.t(), k, None), rtol=1e-9, atol=0)
     assert int(codes.row_offsets().diff().argmax()) == row
 
 
 @pytest.mark.parametrize("growth", [2.0, 0.5])
 def test_batch_topk_is_exact_when_the_first_rows_are_unlike_the_rest(growth: float) -> None:
     x = (growth ** torch.arange(64, dtype=torch.float64)).unsqueeze(1).repeat(1, 2)
-    W = torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 40)
+    W = torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 40).t()
     codes = BatchTopK(2)(EncoderProduct(x, W, torch.zeros(40, dtype=torch.float64)))
-    assert torch.allclose(codes.values.sort(descending=True).values, batch_twin(x @ W, 2, None), rtol=1e-9, atol=0)
+    assert torch.allclose(codes.values.sort(descending=True).values, batch_twin(x @ W.t(), 2, None), rtol=1e-9, atol=0)
 
 
 def test_of_equal_values_the_first_in_the_batch_stay() -> None:
-    codes = BatchTopK(1.5)(EncoderProduct(torch.ones(4, 1), torch.ones(1, 3), torch.zeros(3)))
+    codes = BatchTopK(1.5)(EncoderProduct(torch.ones(4, 1), torch.ones(3, 1), torch.zeros(3)))
     assert codes.row_offsets().tolist() == [0, 3, 6, 6, 6]
 
 
@@ -167,7 +167,7 @@ def test_sparse_gradients_are_those_of_the_dense_twin(
     leaves = (x, centre, W, b, W_dec)
     codes = encode_entries(x, centre, W, b, selection)
     y = decode(codes.map(torch.relu), W_dec)
-    pre = (x - centre) @ W + b
+    pre = (x - centre) @ W.t() + b
     mask = SparseCodes(
         torch.ones_like(codes.values), codes.indices, codes.leading_shape, 11, codes.offsets, codes.k
     ).to_dense()
@@ -200,7 +200,7 @@ def test_prefixes_are_decodes_of_the_first_latents(shape: tuple[int, int, int, i
     x, _, W, b = problem(*shape)
     d_sae = shape[2]
     widths = sorted({min(width, d_sae) for width in widths})
-    W_dec = W.t().clone().requires_grad_()
+    W_dec = W.clone().requires_grad_()
     codes = encode_entries(x, None, W, b, Above(0.0))
     values = codes.values.detach().requires_grad_()
     codes = codes.with_values(values)
@@ -224,10 +224,10 @@ def test_bags_and_dots_are_sparse_products(shape: tuple[int, int, int, int]) -> 
     codes = Above(0.5)(EncoderProduct(x, W, b))
     dense = codes.to_dense()
     order = codes.latent_major()
-    assert torch.allclose(row_bags(codes.values, codes.indices, codes.row_offsets(), W.t()), dense @ W.t())
+    assert torch.allclose(row_bags(codes.values, codes.indices, codes.row_offsets(), W), dense @ W)
     assert torch.allclose(latent_bags(codes.values, order, x), dense.t() @ x)
-    expected = (x @ W).flatten()[codes.row_ids() * shape[2] + codes.indices]
-    assert torch.allclose(entry_dots(x, W.t(), order), expected)
+    expected = (x @ W.t()).flatten()[codes.row_ids() * shape[2] + codes.indices]
+    assert torch.allclose(entry_dots(x, W, order), expected)
 
 
 def test_entries_are_sorted_by_latent_and_within_one_by_row() -> None:
@@ -244,7 +244,7 @@ def test_a_bfloat16_product_chooses_what_full_precision_chooses(
 ) -> None:
     monkeypatch.undo()
     g = torch.Generator().manual_seed(0)
-    x, W, b = torch.randn(64, 256, generator=g), torch.randn(256, 1024, generator=g) / 16, torch.zeros(1024)
+    x, W, b = torch.randn(64, 256, generator=g), torch.randn(1024, 256, generator=g) / 16, torch.zeros(1024)
     if scaled and not isinstance(selection, Above):
         selection = type(selection)(selection.k, torch.rand(1024, generator=g) + 0.5)
     full = encode_entries(x, None, W, b, selection).to_dense()
@@ -252,8 +252,8 @@ def test_a_bfloat16_product_chooses_what_full_precision_chooses(
     if isinstance(selection, Above):
         low = torch.where(low > 1.0, low, 0.0)  # those a little below come along
     assert torch.allclose(full, low, atol=1e-5)
-    alone = torch.topk(x.bfloat16() @ W.bfloat16(), 8).indices
-    truth = torch.topk(x @ W, 8).indices
+    alone = torch.topk(x.bfloat16() @ W.bfloat16().t(), 8).indices
+    truth = torch.topk(x @ W.t(), 8).indices
     assert alone.sort(-1).values.ne(truth.sort(-1).values).any()  # without the second look, the choice differs
 
 
@@ -266,19 +266,6 @@ def test_active_latents_are_the_same_in_dense_and_sparse_form(density: float) ->
     assert torch.allclose(
         codes.map(lambda h: torch.where(h > 1.0, h, 0.0)).to_dense(), torch.where(pre > 1.0, pre, 0.0)
     )
-
-
-def test_memory_given_back_is_used_again_and_never_twice() -> None:
-    memory.forget()
-    first = torch.empty(4, 6)
-    address = first.data_ptr()
-    memory.give_back(first.t())
-    assert memory.borrow((2, 12), torch.empty(0, dtype=torch.float64)).data_ptr() != address
-    assert memory.borrow((2, 12), torch.empty(0)).data_ptr() == address
-    assert memory.borrow((2, 12), torch.empty(0)).data_ptr() != address
-    memory.give_back(torch.empty(8, 6)[:4])  # a part of something larger is not taken
-    assert memory.borrow((4, 6), torch.empty(0)).shape == (4, 6)
-    memory.forget()
 
 
 class Largest(TorchDispatchMode):
@@ -312,21 +299,38 @@ def test_a_step_never_holds_a_batch_by_dictionary_matrix(architecture: str, monk
     assert 0 < seen.bytes <= rows * d_sae * 4 // 4
 
 
-def test_training_reuses_its_gradients_memory_and_gives_the_same_bits_each_time() -> None:
-    def train() -> Tensor:
+def test_a_gradient_that_was_kept_is_not_written_to_by_later_steps() -> None:
+    def train() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         sae = create("topk", d_in=8, d_sae=64, k=4, seed=0)
         x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
-        Trainer(sae, x.split(64), TrainConfig(total_samples=512, batch_size=64, progress_bar=False)).fit()
-        return torch.cat([parameter.detach().flatten() for parameter in sae.parameters()])
+        kept: list[tuple[Tensor, Tensor]] = []
 
-    assert torch.equal(train(), train())
-    assert memory._spare == []
+        def keep(progress: Progress) -> None:
+            kept.extend((p.grad, p.grad.clone()) for p in progress.learner.sae.parameters() if p.grad is not None)
+
+        config = TrainConfig(total_samples=512, batch_size=64, progress_bar=False)
+        Trainer(sae, x.split(64), config, callbacks=[keep]).fit()
+        return torch.cat([parameter.detach().flatten() for parameter in sae.parameters()]), kept
+
+    (weights, kept), (again, _) = train(), train()
+    assert torch.equal(weights, again)
+    assert len(kept) == 8 * 4
+    assert all(torch.equal(gradient, copy) for gradient, copy in kept)
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="only glibc can be told to keep memory")
+def test_memory_is_kept_only_inside_however_often_it_is_asked_for() -> None:
+    with memory.large_memory_is_kept():
+        with memory.large_memory_is_kept():
+            assert memory._open == 2
+        assert memory._open == 1
+    assert memory._open == 0
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_norms_and_reconstruction_share_one_gradient(dense: bool) -> None:
     x, _, W, b = problem(5, 3, 10, seed=6)
-    W_dec = W.t().clone()
+    W_dec = W.clone()
     W_dec[4] = 0  # a zero row has the norm zero, and no gradient from it
     W_dec.requires_grad_()
     codes = Above(0.0)(EncoderProduct(x, W, b))

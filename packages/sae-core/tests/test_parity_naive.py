@@ -1,12 +1,13 @@
-"""Architectures that nobody else trains, against twins written with nothing but dense products and autograd.
+"""Training steps against twins written with nothing but dense products and autograd.
 
-SAELens has no training form of transcoders and temporal SAEs, and no GroupMax. Each twin here is the formula of the
-architecture's docstring, written down naively: every latent of every row exists, and autograd does the rest.
+SAELens has no training form of transcoders, crosscoders and temporal SAEs, and no GroupMax. Each twin here is the formula of
+the architecture's docstring, written down naively: every latent of every row exists, and autograd does the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,32 +17,111 @@ from sae_core import SAE, ActivationBatch, StepContext, create
 from torch import Tensor
 
 D_IN, D_SAE, D_OUT, ROWS = 10, 48, 7, 30
+DEAD = [3, 9, 20, 21, 30, 33, 47]  # more than the half of d_in that the auxiliary loss chooses
 Weights = dict[str, Tensor]
-Twin = Callable[[Weights, Tensor, Tensor], Tensor]
 
 
 def mse(y: Tensor, target: Tensor) -> Tensor:
     return (y - target).square().sum(-1).mean()
 
 
-def groupmax(w: Weights, x: Tensor, _: Tensor) -> Tensor:
-    """Six groups of eight; dead latents 3, 9, 20 predict the residual."""
-    h = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-    n = w["W_dec"].norm(dim=-1)
-    ranked = (h * n).unflatten(-1, (6, 8))
-    kept = (ranked == ranked.amax(-1, keepdim=True)).flatten(-2)
-    y = (h.relu() * kept) @ w["W_dec"] + w["b_dec"]
-    dead = [3, 9, 20]
-    left = (x - y).detach() - h[:, dead] @ w["W_dec"][dead]
-    return mse(y, x) + len(dead) / (D_IN // 2) * left.square().sum(-1).mean()
+@dataclass(frozen=True)
+class Frame:
+    """What the linear frame computes, for one batch."""
+
+    w: Weights
+    x: Tensor
+    target: Tensor
+    transcodes: bool
+    sites: tuple[int, ...]
+
+    def h(self, bias: str = "b_enc") -> Tensor:
+        centred = self.x if self.transcodes else self.x - self.w["b_dec"]
+        return centred @ self.w["encoder"].T + self.w[bias]
+
+    @property
+    def n(self) -> Tensor:
+        return torch.stack([part.norm(dim=-1) for part in self.w["W_dec"].split(self.sites, -1)]).sum(0)
+
+    def y(self, f: Tensor, width: int = D_SAE) -> Tensor:
+        y = f[:, :width] @ self.w["W_dec"][:width] + self.w["b_dec"]
+        return y + self.x @ self.w["W_skip"].T if "W_skip" in self.w else y
 
 
-def transcoder(w: Weights, x: Tensor, target: Tensor) -> Tensor:
-    f = (x @ w["W_enc"] + w["b_enc"]).relu()
-    y = f @ w["W_dec"] + w["b_dec"]
-    if "W_skip" in w:
-        y = y + x @ w["W_skip"].T
-    return mse(y, target) + 0.3 * (f * w["W_dec"].norm(dim=-1)).sum(-1).mean()
+Twin = Callable[[Frame], Tensor]
+
+
+def standard(t: Frame) -> Tensor:
+    f = t.h().relu()
+    return mse(t.y(f), t.target) + 0.3 * (f * t.n).sum(-1).mean()
+
+
+def gated(t: Frame, frozen: bool = True) -> Tensor:
+    gate = t.h("b_gate")
+    magnitude = (gate - t.w["b_gate"]) * t.w["r_mag"].exp() + t.w["b_mag"]
+    outputs = ("W_dec", "b_dec", "W_skip") if frozen else ()
+    held = replace(t, w={name: w.detach() if name in outputs else w for name, w in t.w.items()})
+    penalty = 0.3 * (gate.relu() * held.n).sum(-1).mean()
+    return mse(t.y((gate > 0) * magnitude.relu()), t.target) + penalty + mse(held.y(gate.relu()), t.target)
+
+
+def gated_unfrozen(t: Frame) -> Tensor:
+    return gated(t, frozen=False)
+
+
+def of_dead(t: Frame, left: Tensor, dead: list[int], sizes: Callable[[Tensor], Tensor] = lambda ranks: ranks) -> Tensor:
+    """The best of the dead, half of d_in at most, predict what is left over."""
+    h, k_aux = t.h()[:, dead], D_IN // 2
+    ranks = sizes(h * t.n[dead].detach())
+    kept = ranks >= ranks.topk(min(k_aux, len(dead))).values[:, -1:]
+    return min(len(dead) / k_aux, 1.0) * mse((h * kept) @ t.w["W_dec"][dead], left.detach())
+
+
+def topk(t: Frame) -> Tensor:
+    h = t.h()
+    ranks = h * t.n.detach()
+    y = t.y(h.relu() * (ranks >= ranks.topk(6).values[:, -1:]))
+    return mse(y, t.target) + of_dead(t, t.target - y, DEAD)
+
+
+def abstopk(t: Frame) -> Tensor:
+    h = t.h()
+    ranks = (h * t.n.detach()).abs()
+    y = t.y(h * (ranks >= ranks.topk(6).values[:, -1:]))
+    return mse(y, t.target) + of_dead(t, t.target - y, DEAD, torch.abs)
+
+
+def groupmax(t: Frame) -> Tensor:
+    """Six groups of eight."""
+    h = t.h()
+    ranks = (h * t.n.detach()).unflatten(-1, (6, 8))
+    y = t.y(h.relu() * (ranks == ranks.amax(-1, keepdim=True)).flatten(-2))
+    return mse(y, t.target) + of_dead(t, t.target - y, DEAD)
+
+
+def best_of_the_batch(t: Frame) -> Tensor:
+    h = t.h()
+    ranks = h * t.n.detach()
+    return h.relu() * (ranks >= ranks.flatten().topk(int(4.5 * ROWS)).values[-1])
+
+
+def batchtopk(t: Frame) -> Tensor:
+    y = t.y(best_of_the_batch(t))
+    return mse(y, t.target) + of_dead(t, t.target - y, DEAD)
+
+
+def matryoshka(t: Frame, by_level: bool = False) -> Tensor:
+    f = best_of_the_batch(t)
+    levels = [t.y(f, width) for width in (12, 32, D_SAE)]
+    added = ([3, 9], [20, 21, 30], [33, 47]) if by_level else ([], [], DEAD)
+    total = t.x.new_zeros(())
+    for y, dead in zip(levels, added, strict=True):
+        total = total + mse(y, t.target) + (of_dead(t, t.target - y, dead) if dead else 0.0)
+    return total
+
+
+def matryoshka_by_level(t: Frame) -> Tensor:
+    return matryoshka(t, by_level=True)
 
 
 def borrowed(value: Tensor, gradient_in_threshold: Tensor, threshold: Tensor) -> Tensor:
@@ -50,21 +130,23 @@ def borrowed(value: Tensor, gradient_in_threshold: Tensor, threshold: Tensor) ->
     return value + fake - fake.detach()
 
 
-def jumprelu_transcoder(w: Weights, x: Tensor, target: Tensor) -> Tensor:
-    h, theta, bandwidth = x @ w["W_enc"] + w["b_enc"], w["threshold"], 0.4
+def jumprelu(t: Frame, smooth: bool = False) -> Tensor:
+    h, theta, bandwidth = t.h(), t.w["threshold"], 0.4
     window = ((h - theta).abs() < bandwidth / 2).double() / bandwidth
     f = borrowed(h * (h > theta), -window * theta, theta)
-    count = borrowed((h > theta).double(), -window, theta)
-    y = f @ w["W_dec"] + w["b_dec"]
-    if "W_skip" in w:
-        y = y + x @ w["W_skip"].T
-    return mse(y, target) + 0.3 * count.sum(-1).mean()
+    count = torch.tanh(4.0 * f * t.n) if smooth else borrowed((h > theta).double(), -window, theta)
+    below = 0.2 * ((theta - h).relu() * t.n)[:, DEAD].sum(-1).mean()
+    return mse(t.y(f), t.target) + 0.3 * count.sum(-1).mean() + below
 
 
-def temporal(w: Weights, x: Tensor, _: Tensor, k: int | None = None) -> Tensor:
+def jumprelu_smooth(t: Frame) -> Tensor:
+    return jumprelu(t, smooth=True)
+
+
+def temporal(w: Weights, x: Tensor, k: int | None = None) -> Tensor:
     """Two layers, two heads, position by position; sequences of ten rows."""
     total = x.new_zeros(())
-    encoder = w.get("W_enc", w["W_dec"].T)
+    encoder = w.get("encoder", w["W_dec"]).T
     for sequence in x.reshape(-1, 10, D_IN):
         left, predicted = sequence - w["b_dec"], torch.zeros_like(sequence)
         for layer in ("attn_layers.0.", "attn_layers.1."):
@@ -93,32 +175,40 @@ def temporal(w: Weights, x: Tensor, _: Tensor, k: int | None = None) -> Tensor:
     return total / ROWS
 
 
-def temporal_topk(w: Weights, x: Tensor, target: Tensor) -> Tensor:
-    return temporal(w, x, target, k=5)
+def temporal_topk(w: Weights, x: Tensor) -> Tensor:
+    return temporal(w, x, k=5)
 
 
-ATTENTION = {"n_heads": 2, "bottleneck_factor": 4, "n_attn_layers": 2}
+JUMPS = {"l0_coefficient": 0.3, "jumprelu_bandwidth": 0.4, "pre_act_loss_coefficient": 0.2}
+NESTED = {"k": 4.5, "matryoshka_widths": [12, 32]}
 CASES: dict[str, tuple[str, dict[str, Any], Twin]] = {
+    "standard": ("standard", {"l1_coefficient": 0.3}, standard),
+    "gated": ("gated", {"l1_coefficient": 0.3}, gated),
+    "gated, not frozen": ("gated", {"l1_coefficient": 0.3, "freeze_decoder_in_aux": False}, gated_unfrozen),
+    "topk": ("topk", {"k": 6}, topk),
+    "abstopk": ("abstopk", {"k": 6}, abstopk),
     "groupmax": ("groupmax", {"k": 6}, groupmax),
-    "transcoder": ("transcoder", {"d_out": D_OUT, "l1_coefficient": 0.3}, transcoder),
-    "skip_transcoder": ("skip_transcoder", {"d_out": D_OUT, "l1_coefficient": 0.3}, transcoder),
-    "jumprelu_transcoder": (
-        "jumprelu_transcoder",
-        {"d_out": D_OUT, "l0_coefficient": 0.3, "jumprelu_bandwidth": 0.4},
-        jumprelu_transcoder,
+    "batchtopk": ("batchtopk", {"k": 4.5}, batchtopk),
+    "matryoshka": ("matryoshka_batchtopk", NESTED, matryoshka),
+    "matryoshka by level": (
+        "matryoshka_batchtopk",
+        NESTED | {"use_matryoshka_aux_loss": True},
+        matryoshka_by_level,
     ),
-    "jumprelu_skip_transcoder": (
-        "jumprelu_skip_transcoder",
-        {"d_out": D_OUT, "l0_coefficient": 0.3, "jumprelu_bandwidth": 0.4},
-        jumprelu_transcoder,
-    ),
-    "temporal": ("temporal", {"sae_diff_type": "relu", "l1_coefficient": 0.2} | ATTENTION, temporal),
-    "temporal_untied": (
-        "temporal",
-        {"sae_diff_type": "relu", "l1_coefficient": 0.2, "tied_weights": False} | ATTENTION,
-        temporal,
-    ),
-    "temporal_topk": ("temporal", {"kval_topk": 5} | ATTENTION, temporal_topk),
+    "jumprelu": ("jumprelu", JUMPS, jumprelu),
+    "jumprelu, smooth": ("jumprelu", JUMPS | {"jumprelu_sparsity_loss_mode": "tanh"}, jumprelu_smooth),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "SAE": {},
+    "transcoder": {"d_out": D_OUT},
+    "skip transcoder": {"d_out": D_OUT, "skip": True, "writes": {"a": 3, "b": 4}},
+    "crosscoder": {"reads": {"a": 6, "b": 4}},
+}
+ATTENTION = {"n_heads": 2, "bottleneck_factor": 4, "n_attn_layers": 2}
+TEMPORAL: dict[str, tuple[dict[str, Any], Callable[[Weights, Tensor], Tensor]]] = {
+    "relu": ({"sae_diff_type": "relu", "l1_coefficient": 0.2}, temporal),
+    "untied": ({"sae_diff_type": "relu", "l1_coefficient": 0.2, "tied_weights": False}, temporal),
+    "topk": ({"kval_topk": 5}, temporal_topk),
 }
 
 
@@ -133,25 +223,61 @@ def drawn(architecture: str, config: dict[str, Any]) -> SAE[Any]:
     return sae.train()
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_the_naive_twins(case: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae_core.ops.active.prefer_sparse", lambda **_: sparse)
-    architecture, config, twin = CASES[case]
-    sae = drawn(architecture, config)
+def batch() -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(2)
     x = torch.randn(ROWS, D_IN, generator=random, dtype=torch.float64) * 1.5
-    target = torch.randn(ROWS, D_OUT, generator=random, dtype=torch.float64)
-    inputs = x.view(-1, 10, D_IN) if architecture == "temporal" else x
-    batch = ActivationBatch(inputs, None if sae.reconstructs_input else target)
-    loss = sae.training_step(batch, StepContext(dead=torch.tensor([3, 9, 20]))).loss
+    return x, torch.randn(ROWS, D_OUT, generator=random, dtype=torch.float64)
+
+
+def equals_its_twin(sae: SAE[Any], inputs: Tensor | ActivationBatch, twin: Callable[[Weights], Tensor]) -> None:
+    loss = sae.training_step(inputs, StepContext(dead=torch.tensor(DEAD))).loss
     loss.backward()
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in sae.named_parameters()}
-    expected = twin(weights, x, target)
+    expected = twin(weights)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_the_naive_twins(
+    case: str, shape: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_core.ops.active.prefer_sparse", lambda **_: sparse)
+    architecture, config, twin = CASES[case]
+    sae, (x, target) = drawn(architecture, config | SHAPES[shape]), batch()
+    transcodes, sites = "d_out" in SHAPES[shape], tuple(sae.writes.values())
+    inputs, wanted = (ActivationBatch(x, target), target) if transcodes else (x, x)
+    equals_its_twin(sae, inputs, lambda w: twin(Frame(w, x, wanted, transcodes, sites)))
+
+
+def test_a_joint_decoder_norm_is_that_of_whole_rows() -> None:
+    """The penalty of a crosscoder is then that of an SAE on the same columns, and else it is larger."""
+    sites, (x, _) = {"a": 6, "b": 4}, batch()
+    saes = [
+        drawn("standard", {"l1_coefficient": 0.3} | fields)
+        for fields in ({}, {"reads": sites, "decoder_norm": "joint"}, {"reads": sites})
+    ]
+    steps = [sae.training_step(x) for sae in saes]
+    for step in steps:
+        step.loss.backward()
+    torch.testing.assert_close(steps[1].losses["l1"], steps[0].losses["l1"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(saes[1].W_dec.grad, saes[0].W_dec.grad, rtol=1e-10, atol=1e-12)
+    assert steps[2].losses["l1"] > 1.05 * steps[0].losses["l1"]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("case", TEMPORAL)
+def test_loss_and_gradients_of_a_temporal_sae_equal_the_naive_twins(
+    case: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_core.ops.active.prefer_sparse", lambda **_: sparse)
+    config, twin = TEMPORAL[case]
+    x, _ = batch()
+    equals_its_twin(drawn("temporal", config | ATTENTION), x.view(-1, 10, D_IN), lambda w: twin(w, x))
 
 
 def test_annealing_p_keeps_the_penalty_as_large_as_the_l1_norm() -> None:

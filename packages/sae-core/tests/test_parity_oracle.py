@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_core import create
+from sae_core import ActivationBatch, create
 from safetensors.torch import load_file, save_file
 
 ORACLE = os.environ.get("SAE_CORE_ORACLE_SAE_LENS")
@@ -42,10 +42,21 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # folder: architecture, co
     ),
     "temporal": ("temporal", {"kval_topk": 4} | HEADS, "TemporalSAE"),
     "temporal_scaled": ("temporal", {"normalize_activations": "expected_average_only_in"} | HEADS, "TemporalSAE"),
-    "transcoder": ("transcoder", {"d_out": 6}, "Transcoder"),
-    "skip_transcoder": ("skip_transcoder", {"d_out": 6}, "SkipTranscoder"),
-    "jumprelu_transcoder": ("jumprelu_transcoder", {"d_out": 6}, "JumpReLUTranscoder"),
-    "jumprelu_skip_transcoder": ("jumprelu_skip_transcoder", {"d_out": 6}, "JumpReLUSkipTranscoder"),
+    "transcoder": ("standard", {"d_out": 6}, "Transcoder"),
+    "skip_transcoder": ("standard", {"d_out": 6, "skip": True}, "SkipTranscoder"),
+    "jumprelu_transcoder": ("jumprelu", {"d_out": 6}, "JumpReLUTranscoder"),
+    "jumprelu_skip_transcoder": ("jumprelu", {"d_out": 6, "skip": True}, "JumpReLUSkipTranscoder"),
+    "batchtopk_transcoder": ("batchtopk", {"d_out": 6, "k": 3}, "JumpReLUTranscoder"),
+    "matryoshka_skip_transcoder": (
+        "matryoshka_batchtopk",
+        {"d_out": 6, "skip": True, "k": 3, "matryoshka_widths": [4, 8]},
+        "JumpReLUSkipTranscoder",
+    ),
+    "transcoder_scaled": (
+        "standard",
+        {"d_out": 6, "skip": True, "normalize_activations": "expected_average_only_in"},
+        "SkipTranscoder",
+    ),
 }
 
 
@@ -66,13 +77,11 @@ def test_sae_lens_opens_what_we_save_and_returns_the_same(tmp_path: Path) -> Non
             if name == "topk_threshold":
                 buffer.fill_(0.4)
         x = torch.randn(2, 5, 8, generator=random) * 2 + 1
-        sae.normalization.fit([torch.randn(500, 8, generator=random) * 2 + 1])
+        targets = None if sae.reconstructs_input else torch.randn(500, 6, generator=random) * 3
+        sae.fit_normalization(ActivationBatch(torch.randn(500, 8, generator=random) * 2 + 1, targets))
         sae.eval().save(tmp_path / folder)
         save_file({"x": x}, tmp_path / folder / "x.safetensors")
-        latents = sae.encode(x)
-        if architecture == "matching_pursuit" and sae.normalization.uniform_scale is not None:
-            latents = latents / sae.normalization.uniform_scale  # the saved form works in the model's units
-        expected[folder] = latents, sae(x)
+        expected[folder] = sae.encode(x), sae(x)
     assert ORACLE is not None
     ran = subprocess.run(
         [ORACLE, str(SCRIPT), *(str(tmp_path / folder) for folder in OURS)], capture_output=True, text=True, check=False

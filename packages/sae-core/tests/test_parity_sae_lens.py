@@ -55,9 +55,18 @@ def ours(case: str, **changes: Any) -> tuple[SAE[Any], dict[str, Tensor]]:
     sae = create(architecture, dtype="float64", **config)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            parameter.copy_(tensors[f"weight.{name}"])
+            parameter.copy_(in_its_layout(sae, tensors, "weight", name))
         sae.after_step()
     return sae.train(), tensors
+
+
+def in_its_layout(sae: SAE[Any], tensors: dict[str, Tensor], kind: str, name: str) -> Tensor:
+    """A parameter's tensor of the case, which has SAELens's names and layout; zeros where SAELens has no gradient."""
+    axis, parameter = sae.axis(name), sae.get_parameter(name)
+    found = tensors.get(f"{kind}.{axis.file or name}") if kind == "grad" else tensors[f"{kind}.{axis.file or name}"]
+    if found is None:
+        return torch.zeros_like(parameter)
+    return found.t() if axis.file else found
 
 
 def step(sae: SAE[Any], tensors: dict[str, Tensor]) -> StepOutput:
@@ -86,7 +95,7 @@ def test_a_training_step_equals_sae_lens(case: str, form: str) -> None:
         name = LOSS_NAMES.get(name, name.replace("inner_mse_loss", "inner_mse"))
         close(output.losses.get(name, torch.zeros(())), tensors[key], name)
     for name, parameter in sae.named_parameters():
-        expected = tensors.get(f"grad.{name}", torch.zeros_like(parameter))
+        expected = in_its_layout(sae, tensors, "grad", name)
         actual = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         close(actual, expected, f"gradient of {name}")
 
@@ -101,18 +110,18 @@ def test_the_running_threshold_moves_as_in_sae_lens(case: str) -> None:
     close(output.metrics["topk_threshold"], tensors["metric.topk_threshold"], "metric")
 
 
-def test_by_default_the_gates_own_reconstruction_does_not_train_the_decoder() -> None:
+def test_by_default_neither_the_gates_penalty_nor_its_own_reconstruction_trains_the_decoder() -> None:
     """As in the paper; the loss is the same, and so is every gradient but the decoder's."""
     frozen, tensors = ours("gated", freeze_decoder_in_aux=True)
     output = step(frozen, tensors)
     close(output.loss, tensors["loss"], "loss")
     for name, parameter in frozen.named_parameters():
         if name not in ("W_dec", "b_dec"):
-            close(parameter.grad, tensors[f"grad.{name}"], f"gradient of {name}")
-    # The decoder's gradient is that of the loss without the auxiliary term, which is what freezing means.
+            close(parameter.grad, in_its_layout(frozen, tensors, "grad", name), f"gradient of {name}")
+    # The decoder's gradient is that of the error alone, which is what freezing means.
     again, _ = ours("gated", freeze_decoder_in_aux=True)
     output = again.training_step(tensors["input"])
-    (output.losses["mse"] + output.losses["l1"]).backward()
+    output.losses["mse"].backward()
     close(frozen.W_dec.grad, again.W_dec.grad, "gradient of W_dec")
     assert not torch.allclose(frozen.W_dec.grad, tensors["grad.W_dec"])
 
@@ -134,23 +143,32 @@ def test_the_corrected_running_threshold_is_the_weighted_mean_of_what_it_has_see
 @pytest.mark.parametrize("name", CASES["folds"])
 def test_folding_equals_sae_lens(name: str) -> None:
     described, tensors = CASES["folds"][name], load_file(GOLDEN / f"{name}.safetensors")
-    weights = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
-    threshold = weights.pop("topk_threshold", None)
-    apply_b_dec = described["config"].get("apply_b_dec_to_input", True)
+    sae = create(described["architecture"], dtype="float64", **described["config"])
+    weights = {key: in_its_layout(sae, tensors, "weight", key) for key, _ in sae.named_parameters()}
+    with torch.no_grad():
+        for key, parameter in sae.named_parameters():
+            parameter.copy_(weights[key])
+    scales = {key: sae.axis(key).scales for key in weights}
     scaling = Normalization("expected_average_only_in", 8).double()
     scaling.set_scale(described["scale"])
     whitening = Normalization("covariance_whitening", 8).double()
-    whitening.load_state_dict({key: tensors[source] for key, source in WHITENING.items()})
+    whitening.load_state_dict({f"site.0.{key}": tensors[source] for key, source in WHITENING.items()})
+
+    def folded_into(tensors: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
+        fixed, centred = normalization.fixed_map(), described["config"].get("apply_b_dec_to_input", True)
+        return fold_normalization(tensors, fixed, fixed, centred=centred, biases=sae.input_gains)
+
+    unit_norm = fold_decoder_norm(weights, scales, weights["W_dec"].norm(dim=-1))
     rescaled = described["architecture"] in ("topk", "batchtopk")
     folds = {
-        "norm": fold_decoder_norm(weights),
-        "scale": fold_normalization(weights, scaling, apply_b_dec_to_input=apply_b_dec),
-        "whitening": fold_normalization(
-            fold_decoder_norm(weights) if rescaled else weights, whitening, apply_b_dec_to_input=apply_b_dec
-        ),
+        "norm": unit_norm,
+        "scale": folded_into(weights, scaling),
+        "whitening": folded_into(unit_norm if rescaled else weights, whitening),
     }
     for kind, folded in folds.items():
-        for key, value in folded.items():
+        for key, value in sae.in_files(folded).items():
             close(value, tensors[f"fold.{kind}.{key}"], f"{kind} {key}")
-    if threshold is not None:  # it is in units of pre-activation times decoder norm, and scaling divides the norms
-        close(tensors["fold.scale.topk_threshold"], threshold / described["scale"], "threshold")
+    if "weight.topk_threshold" in tensors:
+        # It is in units of pre-activation times decoder norm, and scaling divides the norms.
+        expected = tensors["weight.topk_threshold"] / described["scale"]
+        close(tensors["fold.scale.topk_threshold"], expected, "threshold")

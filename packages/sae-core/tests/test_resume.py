@@ -89,7 +89,7 @@ def test_pairs_of_a_transcoder_stay_pairs_over_a_resume(tmp_path: Path) -> None:
         return [ActivationBatch(x, x.sin()[:, :5]) for x in data()]
 
     def transcoder() -> Any:
-        return create("topk_skip_transcoder", d_in=D_IN, d_out=5, d_sae=D_SAE, k=3, seed=1)
+        return create("topk", d_in=D_IN, d_out=5, skip=True, d_sae=D_SAE, k=3, seed=1)
 
     whole = Trainer(transcoder(), pairs(), config())
     whole.fit()

@@ -151,7 +151,7 @@ def test_a_wrong_run_file_is_refused_before_anything_happens(run_file: Path, cha
 
 
 def test_a_width_that_contradicts_the_source_is_refused(run_file: Path) -> None:
-    with pytest.raises(ConfigError, match="d_in is 13, but the source gives activations of width 12"):
+    with pytest.raises(ConfigError, match=r"width 13 is wanted, but the source gives one site \(12\)"):
         execute(read_run(run_file, ["sae.d_in=13"]))
 
 
@@ -183,7 +183,7 @@ def tensor_files(**fields: Any) -> TensorFiles:
 
 def test_every_row_of_every_file_comes_once_an_epoch_in_changing_order(run_file: Path) -> None:
     source = tensor_files(paths=[str(run_file.parent / "data")], epochs=2)
-    assert (source.rows, source.d_in) == (3000, 12)
+    assert (source.rows, source.sites) == (3000, {"": 12})
     rows = torch.cat(list(source.batches(700)))
     first, second = rows[:3000], rows[3000:]
     for epoch in (first, second):

@@ -5,12 +5,12 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from sae_core import ActivationBatch, TrainConfig, Trainer, create
-from sae_core.errors import ConfigError, DataError, ShapeError
+from sae_core.errors import ConfigError, DataError
 from sae_core.sae import StepOutput
 from sae_core.training.learner import geometric_median
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
@@ -127,12 +127,12 @@ def test_divergence_is_told_as_such() -> None:
 
 def test_a_source_of_another_width_is_refused_before_training() -> None:
     class Wide:
-        d_in = D_IN + 1
+        sites: ClassVar = {"": D_IN + 1}
 
         def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
             raise AssertionError("not reached")
 
-    with pytest.raises(ShapeError, match="width 17, the SAE has d_in 16"):
+    with pytest.raises(ConfigError, match=r"width 16 is wanted, but the source gives one site \(17\)"):
         Trainer(small(), Wide(), config())
 
 

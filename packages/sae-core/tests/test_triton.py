@@ -136,13 +136,13 @@ FORMS: dict[str, tuple[Callable[[SparseCodes, Tensor], Tensor], Callable[[Tensor
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("selection", [TopK(3), Above(6.0)], ids=["topk", "above"])
 def test_a_step_and_its_gradients_go_through_the_kernels(selection: Selection, form: str, kernels: Recorder) -> None:
-    shapes = [(5, 6), (6,), (6, 40), (40,), (40, 6)]
+    shapes = [(5, 6), (6,), (40, 6), (40,), (40, 6)]
     leaves = [draw(seed, *shape).to(kernels.device).requires_grad_() for seed, shape in enumerate(shapes)]
-    x, centre, W_enc, b_enc, W_dec = leaves
+    x, centre, encoder, b_enc, W_dec = leaves
     ours, twin = FORMS[form]
-    codes = encode_entries(x, centre, W_enc, b_enc, selection)
+    codes = encode_entries(x, centre, encoder, b_enc, selection)
     kept = codes.with_values(torch.ones_like(codes.values)).to_dense()
-    y, expected = ours(codes, W_dec), twin(((x - centre) @ W_enc + b_enc) * kept, W_dec)
+    y, expected = ours(codes, W_dec), twin(((x - centre) @ encoder.t() + b_enc) * kept, W_dec)
     assert torch.allclose(y, expected, atol=1e-4)
     weights = draw(9, *y.shape).to(kernels.device)
     for gradient, theirs in zip(
@@ -156,9 +156,9 @@ def test_a_step_and_its_gradients_go_through_the_kernels(selection: Selection, f
 
 
 def test_candidates_of_a_bfloat16_product_are_recomputed_by_the_kernels(kernels: Recorder) -> None:
-    x, W, b = (draw(seed, *shape).to(kernels.device) for seed, shape in enumerate([(4, 6), (6, 40), (40,)]))
+    x, W, b = (draw(seed, *shape).to(kernels.device) for seed, shape in enumerate([(4, 6), (40, 6), (40,)]))
     codes = encode_entries(x, None, W, b, TopK(3), product_dtype=torch.bfloat16)
-    expected = (x @ W + b).gather(1, codes.indices.view(4, 3))
+    expected = (x @ W.t() + b).gather(1, codes.indices.view(4, 3))
     assert torch.allclose(codes.values.view(4, 3), expected, atol=1e-5)
     assert kernels.calls == [DOTS]
 

@@ -172,7 +172,7 @@ def test_edits_apply_while_a_model_generates_with_a_key_value_cache(llama: Any) 
 
 
 def test_a_transcoder_is_spliced_at_its_target(llama: Any) -> None:
-    transcoder = create("topk_transcoder", d_in=32, d_sae=48, d_out=32, k=4, seed=2).eval()
+    transcoder = create("topk", d_in=32, d_sae=48, d_out=32, k=4, seed=2).eval()
     transcoder.metadata = {"hook_name": "model.layers.1.mlp:input", "hook_name_out": "model.layers.1.mlp"}
     before = logits(llama)
     x = capture(llama, ["model.layers.1.mlp:input"], TOKENS)["model.layers.1.mlp:input"]

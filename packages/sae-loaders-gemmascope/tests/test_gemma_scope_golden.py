@@ -5,6 +5,7 @@ The files were made by sae-pretrained's `golden/make_sae_lens_foreign.py` in the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -17,6 +18,12 @@ from sae_core.format.read import find_loader, read_sae
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden/foreign"
+TRANSCODERS = {  # SAELens's architectures, by which the cases are named, in our terms: architecture and skip path
+    "transcoder": ("standard", False),
+    "skip_transcoder": ("standard", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -33,7 +40,10 @@ def test_files_of_gemma_scope_give_the_numbers_of_saelens(name: str, tmp_path: P
         warnings.simplefilter("always")
         sae = read_sae(source, case["path"])
     assert any("decoders added up" in str(warning.message) for warning in caught) == case.get("sums_decoders", False)
-    assert sae.architecture == case["architecture"]
+    architecture, skips = TRANSCODERS.get(case["architecture"], (case["architecture"], False))
+    config = dataclasses.asdict(sae.config)
+    assert (sae.architecture, config.get("skip", False)) == (architecture, skips)
+    assert (config.get("d_out") is not None) == (case["architecture"] in TRANSCODERS)
     io = load_file(GOLDEN / name / "io.safetensors")
     with torch.no_grad():
         latents = sae.encode(io["x"])

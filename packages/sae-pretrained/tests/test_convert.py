@@ -59,19 +59,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jumprelu_uncentred": ("jumprelu", {"apply_b_dec_to_input": False}),
     "batchtopk": ("batchtopk", {"k": 5}),
     "matching_pursuit": ("matching_pursuit", {}),
-    "transcoder": ("transcoder", {"d_out": D}),
-    "skip_transcoder": ("skip_transcoder", {"d_out": D}),
-    "jumprelu_transcoder": ("jumprelu_transcoder", {"d_out": 5}),
-    "topk_transcoder": ("topk_transcoder", {"d_out": D, "k": 5}),
-    "topk_skip_transcoder": ("topk_skip_transcoder", {"d_out": D, "k": 5}),
+    "transcoder": ("standard", {"d_out": D}),
+    "skip_transcoder": ("standard", {"d_out": D, "skip": True}),
+    "jumprelu_transcoder": ("jumprelu", {"d_out": 5}),
+    "batchtopk_transcoder": ("batchtopk", {"d_out": 5, "k": 5, "skip": True}),
+    "topk_transcoder": ("topk", {"d_out": D, "k": 5}),
+    "topk_skip_transcoder": ("topk", {"d_out": D, "k": 5, "skip": True}),
+    "groupmax_skip_transcoder": ("groupmax", {"d_out": D, "k": 4, "skip": True}),
+    "gated_transcoder": ("gated", {"d_out": D}),
+    "crosscoder": ("standard", {"reads": {"a": 3, "b": 5}}),
 }
 SHARED = ("standard", "gated", "topk", "jumprelu", "batchtopk")
 ARCHITECTURES = {
-    "sae_lens": (*SHARED, "abstopk", "matching_pursuit", "transcoder", "skip_transcoder", "jumprelu_transcoder"),
+    "sae_lens": (
+        *SHARED,
+        "abstopk",
+        "matching_pursuit",
+        "standard transcoder",
+        "jumprelu transcoder",
+        "batchtopk transcoder",
+    ),
     "dictionary_learning": SHARED,
-    "sparsify": ("topk", "groupmax", "topk_transcoder", "topk_skip_transcoder"),
+    "sparsify": ("topk", "groupmax", "topk transcoder", "groupmax transcoder"),
 }
-EXPRESSIBLE = {to: [case for case in CASES if CASES[case][0] in known] for to, known in ARCHITECTURES.items()}
+
+
+def kind(case: str) -> str:
+    """The architecture, and what it is used as."""
+    architecture, config = CASES[case]
+    return architecture + (" transcoder" if "d_out" in config else " crosscoder" if "reads" in config else "")
+
+
+EXPRESSIBLE = {to: [case for case in CASES if kind(case) in known] for to, known in ARCHITECTURES.items()}
 PAIRS = [(to, case) for to, cases in EXPRESSIBLE.items() for case in cases]
 
 
@@ -116,12 +135,12 @@ def test_normalisations_of_each_row_are_refused_where_the_format_has_none(tmp_pa
         with pytest.raises(FormatError, match="normalize_activations: layer_norm"):
             convert(made("topk", k=3, normalize_activations="layer_norm"), to, tmp_path / "out")
     with pytest.raises(FormatError, match="undo it on the outputs"):
-        convert(made("transcoder", d_out=D, normalize_activations="layer_norm"), "sae_lens", tmp_path / "out")
+        convert(made("standard", d_out=D, normalize_activations="layer_norm"), "sae_lens", tmp_path / "out")
 
 
 def test_a_transcoder_to_another_width_is_refused_by_sparsify(tmp_path: Path):
     with pytest.raises(FormatError, match="from width 8 to another, 5"):
-        convert(made("topk_transcoder", d_out=5, k=3), "sparsify", tmp_path / "out")
+        convert(made("topk", d_out=5, k=3), "sparsify", tmp_path / "out")
 
 
 def test_half_precision_comes_out_in_float32_only_where_biases_have_to_move(tmp_path: Path):

@@ -244,7 +244,7 @@ def test_openmoss_transcoders_scale_outputs_by_their_own_norm(tmp_path: Path, dr
     acts = (x * math.sqrt(D) / 4.0 @ t["W_E"] + t["b_E"]).relu()
     sae = SAE.load(tmp_path)
     assert_computes(sae, x, acts, (acts @ t["W_D"] + t["b_D"]) * 0.7 / math.sqrt(D))
-    assert sae.architecture == "transcoder"
+    assert (sae.architecture, sae.config.d_out) == ("standard", D)
     assert sae.metadata["hook_name_out"] == "blocks.4.hook_mlp_out"
 
 
@@ -338,7 +338,7 @@ def test_llama_scope_transcoders_have_a_scale_for_each_side(tmp_path: Path, draw
     pre = x * into @ t["encoder.weight"].T + t["encoder.bias"]
     acts = torch.where(pre * t["decoder.weight"].norm(dim=0) / out > 0.8, pre, 0.0)
     sae = SAE.load(tmp_path)
-    assert sae.architecture == "jumprelu_transcoder"
+    assert (sae.architecture, sae.config.d_out) == ("jumprelu", D)
     assert_computes(sae, x, acts, (acts @ t["decoder.weight"].T + t["decoder.bias"]) / out)
 
 
@@ -673,7 +673,7 @@ def test_one_inputs_view_exists_only_where_the_latents_read_nothing_else(tmp_pat
     both = cross_decode(t, acts)
     assert_computes(SAE.load(tmp_path / "first", overrides={"only": 0}), x, acts, both[:, 0])
     whole = SAE.load(tmp_path / "first")
-    assert whole.architecture == "transcoder"
+    assert (whole.architecture, whole.config.d_out) == ("standard", 2 * D)
     assert_computes(whole, x, acts, both.flatten(1))
 
 
@@ -741,15 +741,30 @@ def test_a_transcoder_of_sparsify_may_write_to_another_width(tmp_path: Path, dra
     assert_computes(SAE.load(tmp_path), x, acts, acts @ t["W_dec"] + t["b_dec"])
 
 
+@pytest.mark.parametrize("transcode", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+def test_groupmax_coders_of_sparsify_transcode_and_skip_too(tmp_path: Path, draw: Drawn, transcode: bool, skips: bool):
+    t = sparsify_folder(tmp_path, draw, activation="groupmax", k=4, transcode=transcode, skip_connection=skips)
+    t["W_skip"] = draw(D, D)
+    if skips:
+        save_file(t, tmp_path / "sae.safetensors")
+    x = draw(B, D, scale=3.0)
+    pre = ((x if transcode else x - t["b_dec"]) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+    groups = pre.unflatten(-1, (4, -1))
+    acts = (groups * (groups == groups.amax(-1, keepdim=True))).flatten(-2)
+    sae = SAE.load(tmp_path)
+    assert sae.architecture == "groupmax"
+    y = acts @ t["W_dec"] + t["b_dec"]
+    assert_computes(sae, x, acts, y + x @ t["W_skip"].T if skips else y)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"skip_connection": True, "activation": "groupmax"}, "groupmax transcoder"),
         ({"transcode": True, "n_targets": 3}, "n_targets is 3: a coder that writes to several layers"),
         ({"transcode": True, "n_targets": 1, "n_sources": 2}, "n_sources is 2"),
         ({"transcode": True, "coalesce_topk": "concat"}, "coalesce_topk is 'concat', and only 'none'"),
         ({"use_fp8": True}, "use_fp8"),
-        ({"activation": "groupmax", "transcode": True}, "groupmax transcoder"),
         ({"signed": True, "transcode": True}, "signed"),
         ({"activation": "softmax"}, "'softmax'"),
     ],

@@ -6,6 +6,7 @@ loaders for them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -30,14 +31,20 @@ DICTIONARY_LEARNING = {
     "gated": "gated",
     "jumprelu": "jumprelu",
 }
-SPARSIFY = {
-    "sae": "topk",
-    "sae_expansion": "topk",
-    "groupmax": "groupmax",
-    "transcoder": "topk_transcoder",
-    "skip_transcoder": "topk_skip_transcoder",
-    "run/layers.3.mlp": "topk",
-    "skip_without_transcode": "topk_skip_transcoder",
+SPARSIFY = {  # architecture, and whether there are an output of its own and a skip path
+    "sae": ("topk", False, False),
+    "sae_expansion": ("topk", False, False),
+    "groupmax": ("groupmax", False, False),
+    "transcoder": ("topk", True, False),
+    "skip_transcoder": ("topk", True, True),
+    "run/layers.3.mlp": ("topk", False, False),
+    "skip_without_transcode": ("topk", True, True),
+}
+TRANSCODERS = {  # SAELens's architectures, by which the cases are named, in our terms: architecture and skip path
+    "transcoder": ("standard", False),
+    "skip_transcoder": ("standard", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
 }
 
 
@@ -69,11 +76,12 @@ def test_a_dictionary_of_dictionary_learning_names_its_model_and_hook_point():
     assert metadata["context_size"] == 128
 
 
-@pytest.mark.parametrize(("case", "architecture"), SPARSIFY.items())
-def test_coders_of_sparsify_give_its_numbers(case: str, architecture: str):
+@pytest.mark.parametrize(("case", "kind"), SPARSIFY.items())
+def test_coders_of_sparsify_give_its_numbers(case: str, kind: tuple[str, bool, bool]):
     folder = GOLDEN / "sparsify" / case
     sae = SAE.load(folder)
-    assert sae.architecture == architecture
+    config = dataclasses.asdict(sae.config)
+    assert (sae.architecture, config["d_out"] is not None, config["skip"]) == kind
     assert_same_function(sae, load_file(folder / "io.safetensors"))
 
 
@@ -101,5 +109,8 @@ def test_files_of_publications_give_the_numbers_of_saelens(name: str, tmp_path: 
         warnings.simplefilter("always")
         sae = read_sae(source, case["path"], overrides=case.get("facts"))
     assert any("decoders added up" in str(warning.message) for warning in caught) == case.get("sums_decoders", False)
-    assert sae.architecture == case["architecture"]
+    architecture, skips = TRANSCODERS.get(case["architecture"], (case["architecture"], False))
+    config = dataclasses.asdict(sae.config)
+    assert (sae.architecture, config.get("skip", False)) == (architecture, skips)
+    assert (config.get("d_out") is not None) == (case["architecture"] in TRANSCODERS)
     assert_same_function(sae, load_file(GOLDEN / "foreign" / name / "io.safetensors"))

@@ -89,10 +89,10 @@ def test_the_baseline_is_the_evaluation_of_an_untrained_sae_on_the_same_samples(
 
 def test_an_untrained_sae_keeps_settings_and_normalisation_but_no_weight() -> None:
     sae = create("topk", d_in=16, d_sae=20, k=3, normalize_activations="expected_average_only_in", seed=5)
-    sae.normalization.load_state_dict({"scale": torch.tensor(3.0)})
+    sae.normalization.load_state_dict({"site.0.scale": torch.tensor(3.0)})
     random = untrained_like(sae)
     assert random.config == sae.config
-    assert float(random.normalization.scale) == 3.0
+    assert float(random.normalization.parts[0].scale) == 3.0
     assert not torch.equal(random.W_dec, sae.W_dec)
     assert torch.equal(random.W_dec, untrained_like(sae).W_dec)
     assert not torch.equal(random.W_dec, untrained_like(sae, seed=1).W_dec)

@@ -25,16 +25,6 @@ _ARCHITECTURES = (
     ("jumprelu", "jumprelu:JumpReLUSAE", "A learnt threshold for each latent, L0 penalty"),
     ("matching_pursuit", "matching_pursuit:MatchingPursuitSAE", "Latents one at a time, encoder tied to decoder"),
     ("temporal", "temporal:TemporalSAE", "What earlier positions do not predict, coded sparsely"),
-    ("transcoder", "transcoder:Transcoder", "From one activation to another, ReLU"),
-    ("skip_transcoder", "transcoder:SkipTranscoder", "A transcoder beside an affine map"),
-    ("jumprelu_transcoder", "jumprelu_transcoder:JumpReLUTranscoder", "A transcoder with learnt thresholds"),
-    (
-        "jumprelu_skip_transcoder",
-        "jumprelu_transcoder:JumpReLUSkipTranscoder",
-        "A transcoder with learnt thresholds beside an affine map",
-    ),
-    ("topk_transcoder", "topk_transcoder:TopKTranscoder", "A transcoder that keeps the k largest latents"),
-    ("topk_skip_transcoder", "topk_transcoder:TopKSkipTranscoder", "A TopK transcoder beside an affine map"),
 )
 
 

@@ -25,17 +25,36 @@ from sae_core.errors import ConfigError, did_you_mean
 if typing.TYPE_CHECKING:
     from cattrs import Converter
 
-__all__ = ["FieldInfo", "Schedule", "describe_fields", "option", "require", "structure", "unstructure", "value_at"]
+__all__ = [
+    "FieldInfo",
+    "Schedule",
+    "default_of",
+    "describe_fields",
+    "option",
+    "require",
+    "structure",
+    "unstructure",
+    "value_at",
+]
 
 T = TypeVar("T")
 
 
-def option(*, default: Any = MISSING, default_factory: Any = MISSING, help: str) -> Any:
-    """A dataclass field with a sentence that says what it means; ``sae-core show`` prints it."""
-    metadata = {"help": help}
+def option(*, default: Any = MISSING, default_factory: Any = MISSING, help: str, omit_default: bool = False) -> Any:
+    """A dataclass field with a sentence that says what it means; ``sae-core show`` prints it.
+
+    With `omit_default` saved SAEs name the field only when it is not its default, so that tools that do not know it can
+    still read them.
+    """
+    metadata = {"help": help, "omit_default": omit_default}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field; MISSING where it has none."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def require(condition: bool, message: str) -> None:
@@ -126,7 +145,7 @@ def describe_fields(config_class: type) -> list[FieldInfo]:
     described: list[FieldInfo] = []
     for field in dataclasses.fields(config_class):
         required = field.default is MISSING and field.default_factory is MISSING
-        default = None if required else (field.default if field.default is not MISSING else field.default_factory())  # pyright: ignore[reportCallIssue]
+        default = None if required else default_of(field)
         described.append(
             FieldInfo(field.name, _type_name(hints[field.name]), required, default, str(field.metadata.get("help", "")))
         )

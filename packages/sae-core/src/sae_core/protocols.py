@@ -26,7 +26,9 @@ __all__ = [
     "CatalogueEntry",
     "Command",
     "FileSource",
+    "GivesSequences",
     "HasMetadata",
+    "HasTargets",
     "KnowsBaseModels",
     "LoadedSAE",
     "Loader",
@@ -38,9 +40,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationBatch:
-    """One batch of activations in the model's own units.
+    """One batch of activations in the model's own units: the plain way to hand pairs to a trainer.
 
     `inputs` is (..., d_in); `targets` is (..., d_out) for transcoders and None when the dictionary reconstructs its input.
+    Where there are several sites, they lie side by side in the last dimension.
     """
 
     inputs: Tensor
@@ -51,15 +54,37 @@ class ActivationBatch:
 class ActivationSource(Protocol):
     """Something that yields batches of activations.
 
-    `d_in` is the width of the inputs. `batches(batch_size)` yields tensors of shape (batch_size, d_in), or
-    `ActivationBatch` objects where there are separate targets, until the data are exhausted; it may be called once per
-    training run. A source owns its random generators, seeded from its config, and never touches the global ones.
+    `sites` are the named columns of its tensors with their widths, in order: ``{"blocks.9.hook_resid_post": 576}``, or
+    ``{"": 64}`` where there is nothing to name. `batches(batch_size)` yields tensors of shape (batch_size, width of all
+    sites) until the data are exhausted; each call starts from the beginning. If the iterator is `Resumable`, its state can
+    be restored before its first batch, and training on it goes on exactly where it stopped. A source owns its random
+    generators, seeded from its config, and never touches the global ones.
     """
 
     @property
-    def d_in(self) -> int: ...
+    def sites(self) -> Mapping[str, int]: ...
 
     def batches(self, batch_size: int) -> Iterator[Tensor | ActivationBatch]: ...
+
+
+@runtime_checkable
+class HasTargets(Protocol):
+    """A source whose batches are `ActivationBatch` with targets; `target_sites` are the columns of those."""
+
+    @property
+    def target_sites(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
+class GivesSequences(Protocol):
+    """A source that can hand out whole sequences, for dictionaries that read them.
+
+    With a `sequence_length`, its tensors are (sequences, sequence_length, width), as many sequences as make up the batch
+    size asked for in positions; with None they are shuffled rows.
+    """
+
+    @property
+    def sequence_length(self) -> int | None: ...
 
 
 @runtime_checkable

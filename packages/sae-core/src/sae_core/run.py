@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from sae_core.config import option, require, structure, unstructure
+from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError, FormatError, SaeCoreError
 from sae_core.format.write import write_atomically
 from sae_core.plugins import get_registry
@@ -234,9 +235,8 @@ def _keep(sae: SAE, folder: Path, samples: int) -> str:
 
 
 def _new_sae(run: RunConfig, source: ActivationSource) -> SAE:
-    fields: dict[str, Any] = {"d_in": source.d_in, **run.sae}
-    if fields["d_in"] != source.d_in:
-        raise ConfigError(f"sae: d_in is {fields['d_in']}, but the source gives activations of width {source.d_in}")
+    sae_class = cast("type[SAE]", get_registry().resolve("architecture", str(run.sae["architecture"])))
+    fields: dict[str, Any] = {**fields_for(source, sae_class), **run.sae}
     return create(fields.pop("architecture"), seed=run.seed, device=run.device, dtype=run.dtype, **fields)
 
 

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_lm.check import CheckError, CheckReport, check
     from sae_lm.evaluate import Evaluation, evaluate_candidates, evaluate_sae
     from sae_lm.hooks import HookPoint, capture, edited, replaced
     from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
@@ -22,8 +21,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attached",
-    "CheckError",
-    "CheckReport",
     "Edit",
     "Evaluation",
     "HookPoint",
@@ -37,7 +34,6 @@ __all__ = [
     "ablate",
     "attach",
     "capture",
-    "check",
     "clamp",
     "documents",
     "edited",
@@ -54,8 +50,6 @@ __all__ = [
 
 _HOMES = {
     "Attached": "sae_lm.splicing",
-    "CheckError": "sae_lm.check",
-    "CheckReport": "sae_lm.check",
     "Edit": "sae_lm.latents",
     "Evaluation": "sae_lm.evaluate",
     "HookPoint": "sae_lm.hooks",
@@ -68,7 +62,6 @@ _HOMES = {
     "ablate": "sae_lm.latents",
     "attach": "sae_lm.splicing",
     "capture": "sae_lm.hooks",
-    "check": "sae_lm.check",
     "clamp": "sae_lm.latents",
     "documents": "sae_lm.text",
     "edited": "sae_lm.hooks",

@@ -135,7 +135,7 @@ def random_like(sae: SAE, *, seed: int = 0) -> SAE:
     """
     config = {**unstructure(sae.config), "decoder_init_norm": 1.0}
     other = create(sae.architecture, seed=seed, device=sae.device, dtype=sae.dtype, **config)
-    other.b_dec.copy_(sae.b_dec)
+    other.start_at(sae.offset())
     other.normalization.load_state_dict(sae.normalization.state_dict())
     return other.eval()
 

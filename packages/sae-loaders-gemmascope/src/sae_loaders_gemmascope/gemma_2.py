@@ -114,7 +114,7 @@ class Gemma2TranscoderLoader:
             # Hugging Face has no module that puts out the normalised input before the norm's own weights
             found["hook_name"] = f"blocks.{published['layer']}.ln2.hook_normalized"
             found["hook_name_out"] = f"blocks.{published['layer']}.hook_mlp_out"
-        return assemble("jumprelu_transcoder", config, tensors, facts.metadata(found), bag)
+        return assemble("jumprelu", config, tensors, facts.metadata(found), bag)
 
 
 def _tensors(bag: TensorBag, out: str) -> dict[str, Tensor]:

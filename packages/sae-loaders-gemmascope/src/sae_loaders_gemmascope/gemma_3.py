@@ -123,15 +123,13 @@ class Gemma3Loader:
             "d_sae": bag.sizes["d_sae"],
             "apply_b_dec_to_input": False,
         }
-        architecture = "jumprelu"
         if site.transcodes:
-            config["d_out"] = bag.sizes["d_out"]
-            architecture = "jumprelu_skip_transcoder" if skips else "jumprelu_transcoder"
+            config |= {"d_out": bag.sizes["d_out"], "skip": skips}
         elif site.name == "attn_out":
             config["reshape_activations"] = "hook_z"
         if layer_file and weights:
             warn_of_sum(bag.where)
-        return assemble(architecture, config, tensors, facts.metadata(_metadata(site)), bag)
+        return assemble("jumprelu", config, tensors, facts.metadata(_metadata(site)), bag)
 
 
 def _layer_file(folder: str) -> str | None:

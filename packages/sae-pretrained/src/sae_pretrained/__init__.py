@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_pretrained.catalogue import PublicCatalogue, UserCatalogue, lookup, releases
+    from sae_pretrained.checking import check
     from sae_pretrained.hub import HubFiles
     from sae_pretrained.hub_errors import HubError
     from sae_pretrained.models import base_model, hook_point_from_hf, hook_point_to_hf
@@ -17,6 +18,7 @@ __all__ = [
     "PublicCatalogue",
     "UserCatalogue",
     "base_model",
+    "check",
     "hook_point_from_hf",
     "hook_point_to_hf",
     "lookup",
@@ -29,6 +31,7 @@ _HOMES = {
     "PublicCatalogue": "catalogue",
     "UserCatalogue": "catalogue",
     "base_model": "models",
+    "check": "checking",
     "hook_point_from_hf": "models",
     "hook_point_to_hf": "models",
     "lookup": "catalogue",

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "convert"]
 
-_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-_SAE_LENS = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal", *_TRANSCODERS)
+_SAE_LENS = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal")
+_SAE_LENS_TRANSCODERS = ("standard", "jumprelu")
 
 
 def convert(sae: SAE, to: str, output: str | Path) -> list[str]:
@@ -69,8 +69,8 @@ def convert(sae: SAE, to: str, output: str | Path) -> list[str]:
 
 def _write_sae_lens(sae: SAE, exported: Export, folder: Path) -> list[str]:
     """``cfg.json`` and ``sae_weights.safetensors``: our own layout, without the architectures that only we have."""
-    _require_architecture(exported, "sae_lens", _SAE_LENS)
-    if exported.architecture in _TRANSCODERS and exported.config.normalize_activations != "none":
+    _require_architecture(exported, "sae_lens", _SAE_LENS, _SAE_LENS_TRANSCODERS)
+    if not sae.reconstructs_input and exported.config.normalize_activations != "none":
         raise FormatError(
             f"sae_lens cannot express a transcoder with normalize_activations: {exported.config.normalize_activations}: "
             "SAELens would undo it on the outputs"
@@ -130,9 +130,9 @@ def _write_sparsify(sae: SAE, exported: Export, folder: Path) -> list[str]:
     """``sae.safetensors`` and ``cfg.json`` of a SparseCoder."""
     from safetensors.torch import save_file
 
-    _require_architecture(exported, "sparsify", ("topk", "groupmax", "topk_transcoder", "topk_skip_transcoder"))
+    _require_architecture(exported, "sparsify", ("topk", "groupmax"), ("topk", "groupmax"))
     notes = _plain_input(exported, "sparsify")
-    transcodes, skips = "transcoder" in exported.architecture, "skip" in exported.architecture
+    transcodes, skips = not sae.reconstructs_input, "W_skip" in exported.tensors
     if transcodes and sae.d_out != sae.d_in:
         raise FormatError(f"sparsify cannot express a transcoder from width {sae.d_in} to another, {sae.d_out}")
     t = exported.tensors if transcodes else _centred(exported, True)
@@ -168,10 +168,18 @@ FORMATS: dict[str, Callable[[SAE, Export, Path], list[str]]] = {
 # What the writers share
 
 
-def _require_architecture(exported: Export, to: str, known: Sequence[str]) -> None:
-    if exported.architecture not in known:
+def _require_architecture(exported: Export, to: str, known: Sequence[str], transcoders: Sequence[str] = ()) -> None:
+    sites = [name for name in ("reads", "writes") if len(getattr(exported.config, name, {})) > 1]
+    if sites:
         raise FormatError(
-            f"{to} cannot express architecture {exported.architecture!r} (it can: {', '.join(known)}); "
+            f"{to} cannot express {' and '.join(sites)} of several sites; its readers would take them for one activation"
+        )
+    transcodes = getattr(exported.config, "d_out", None) is not None
+    can = transcoders if transcodes else known
+    if exported.architecture not in can:
+        what = "a transcoder of architecture" if transcodes else "architecture"
+        raise FormatError(
+            f"{to} cannot express {what} {exported.architecture!r} (it can: {', '.join(can) or 'none'}); "
             f"formats that can be written: {', '.join(FORMATS)}"
         )
 

@@ -73,7 +73,7 @@ def structure_scores(
     """
     require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     pairs = _pairs(edges, activations_generator)
-    matching = match_features(sae.W_dec, feature_dict.feature_vectors)
+    matching = match_features(sae.directions(), feature_dict.feature_vectors)
     latent_of = torch.full((feature_dict.num_features,), -1)
     latent_of[matching.b_indices] = matching.a_indices
     parents, children = pairs.unbind(1)
@@ -93,7 +93,7 @@ def structure_scores(
         absorbed = both & silent & speaks[:, child_latents]
         counts += torch.stack([part.double().sum(0) for part in (both, absorbed, alone, alone & silent)])
     sae.train(was_training)
-    return _summary(pairs, counts, parent_latents, child_latents, sae.W_dec.detach(), feature_dict)
+    return _summary(pairs, counts, parent_latents, child_latents, sae.directions(), feature_dict)
 
 
 def _pairs(edges: Sequence[tuple[int, int]] | Sequence[HierarchyNode] | None, generator: ActivationGenerator) -> Tensor:

@@ -74,14 +74,14 @@ def run_demo(output: Path, seed: int = 0, samples: int = 1_000_000, report: bool
 
     def watch(progress: Progress) -> None:
         if progress.record is not None:
-            mcc = mean_correlation_coefficient(sae.W_dec, features.feature_vectors)
+            mcc = mean_correlation_coefficient(sae.directions(), features.feature_vectors)
             curve.append({**progress.record, "MCC": mcc})
 
     result = Trainer(sae, source, config, callbacks=[watch]).fit()
     trained = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000)
     random = trained.baseline
     assert random is not None
-    vectors = {"trained": sae.W_dec.detach(), "random": untrained_like(sae).W_dec.detach()}
+    vectors = {"trained": sae.directions(), "random": untrained_like(sae).directions()}
     rows = [
         ["explained variance", f"{trained.explained_variance:.3f}", f"{random.explained_variance:.3f}"],
         [f"L0 (features: {trained.true_l0:.2f})", f"{trained.sae_l0:.2f}", f"{random.sae_l0:.2f}"],

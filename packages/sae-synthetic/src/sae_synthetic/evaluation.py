@@ -102,7 +102,7 @@ def eval_sae_on_synthetic_data(
         )
     world = (feature_dict, activations_generator, num_samples, batch_size, activation_scaler)
     generator = activations_generator.held_out()
-    directions, truth_vectors = sae.W_dec.detach(), feature_dict.feature_vectors.detach()
+    directions, truth_vectors = sae.directions(), feature_dict.feature_vectors.detach()
     true_l0, sae_l0, dead = L0Calculator(), L0Calculator(), DeadLatentsCalculator(sae.d_sae)
     shrinkage, variance = ShrinkageCalculator(), ExplainedVarianceCalculator()
     detectors = ClassificationMetricsCalculator(directions, truth_vectors)

@@ -31,7 +31,7 @@ def init_sae_to_match_feature_dict(
     >>> from sae_core import create
     >>> features, sae = FeatureDictionary(4, 8, seed=0), create("standard", d_in=8, d_sae=4)
     >>> init_sae_to_match_feature_dict(sae, features)
-    >>> torch.equal(sae.W_dec, features.feature_vectors)
+    >>> torch.equal(sae.directions(), features.feature_vectors)
     True
     """
     if sae.d_in != feature_dict.hidden_dim:
@@ -48,7 +48,6 @@ def init_sae_to_match_feature_dict(
     if noise_level:
         vectors += noise_level * torch.randn(vectors.shape, generator=generator_for(seed))
     vectors = vectors.to(sae.device, sae.dtype)
-    sae.W_dec[:count] = vectors
-    encoder = getattr(sae, "W_enc", None)
-    if isinstance(encoder, Tensor):
-        encoder[:, :count] = vectors.T
+    for name, weight in sae.tensors().items():
+        if sae.axis(name).latent == 0 and weight.shape == (sae.d_sae, sae.d_in):
+            weight[:count] = vectors

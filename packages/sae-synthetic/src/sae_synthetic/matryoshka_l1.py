@@ -13,24 +13,23 @@ their children. In between the two cancel. Saved, it is a standard SAE, for nest
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import ClassVar, final
 
 import torch
-from sae_core.codes import Codes, DenseCodes
+from sae_core.architectures.linear import LinearConfig, LinearSAE
+from sae_core.architectures.standard import StandardConfig
+from sae_core.codes import Codes
 from sae_core.config import Schedule, require, value_at
-from sae_core.folding import decoder_norms, fold_normalization
-from sae_core.ops.decode import decode
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
-from torch import Tensor, nn
+from sae_core.sae import Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from torch import Tensor
 
 __all__ = ["MatryoshkaL1Config", "MatryoshkaL1SAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatryoshkaL1Config(SAEConfig):
+class MatryoshkaL1Config(LinearConfig):
     """Config of `MatryoshkaL1SAE`."""
 
     l1_coefficient: float | Schedule = training_option(default=1.0, help="weight of the sparsity penalty")
@@ -54,46 +53,29 @@ class MatryoshkaL1Config(SAEConfig):
 
 
 @final
-class MatryoshkaL1SAE(SAE[MatryoshkaL1Config]):
+class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
     """Nested ReLU dictionaries under an L1 penalty."""
 
     architecture: ClassVar[str] = "matryoshka_l1"
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaL1Config
 
-    def __init__(self, config: MatryoshkaL1Config) -> None:
-        super().__init__(config)
-        self.W_enc = nn.Parameter(torch.empty(config.d_in, config.d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Random decoder rows of norm `decoder_init_norm`, the encoder its transpose, biases zero."""
-        rows = torch.randn(self.W_dec.shape, generator=generator)
-        norm = self.config.decoder_init_norm
-        self.W_dec.copy_(rows if norm is None else rows * (norm / rows.norm(dim=1, keepdim=True)))
-        self.W_enc.copy_(self.W_dec.T)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+    folds: ClassVar[bool] = True
+    independent_latents: ClassVar[bool] = True
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """relu of the pre-activations."""
-        return DenseCodes(self._latents(prepared.z), (prepared.z.shape[0],))
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        """Weighted sum of decoder rows."""
-        return decode(codes, self.W_dec) + self.b_dec
+        return self.pre(prepared, floor=0.0).map(torch.relu)
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """The loss of the whole dictionary and, weighted, of every inner width."""
         config = self.config
-        f_RF = self._latents(prepared.z)
-        weighted_RF = f_RF * decoder_norms(self.W_dec)
+        codes = self.encode_rows(prepared)
+        f_RF = codes.to_dense()
+        weighted_RF = f_RF * self.decoder_norms()
         coefficient = value_at(config.l1_coefficient, context.progress)
         bounds = [0, *config.matryoshka_widths, config.d_sae]
         losses: dict[str, Tensor] = {}
-        y_RD, penalty = self.b_dec.expand_as(prepared.z), f_RF.new_zeros(())
+        y_RD, penalty = self.with_bias_and_skip(torch.zeros_like(target), prepared), f_RF.new_zeros(())
         for start, stop in pairwise(bounds):
             if config.detach_inner and start:
                 y_RD, penalty = y_RD.detach(), penalty.detach()
@@ -104,24 +86,11 @@ class MatryoshkaL1SAE(SAE[MatryoshkaL1Config]):
                 losses |= {"mse": error, "l1": coefficient * penalty}
             elif config.inner_weight:
                 losses[f"inner_{stop}"] = config.inner_weight * (error + coefficient * penalty)
-        codes = DenseCodes(f_RF, (f_RF.shape[0],))
         total = sum(losses.values(), f_RF.new_zeros(()))
         return StepOutput(total, losses, codes, self.to_loss_space(y_RD, prepared), target)
 
     def export(self) -> Export:
         """A standard SAE with the same parameters."""
-        from sae_core.architectures.standard import StandardConfig
-
-        shared = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(SAEConfig)}
-        config = StandardConfig(**shared)
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        if self.normalization.folds:
-            tensors = fold_normalization(
-                tensors, self.normalization, apply_b_dec_to_input=config.apply_b_dec_to_input, undo_on_output=True
-            )
-            config = dataclasses.replace(config, normalize_activations="none", activation_normalization_factor=1.0)
-        return Export("standard", config, tensors)
-
-    def _latents(self, z_RD: Tensor) -> Tensor:
-        centred = z_RD - self.b_dec if self.config.apply_b_dec_to_input else z_RD
-        return torch.relu(centred @ self.W_enc + self.b_enc)
+        folded = self.folded_config(self.config)
+        shared = {field.name: getattr(folded, field.name) for field in fields(LinearConfig)}
+        return Export("standard", StandardConfig(**shared), self.exported_tensors())

@@ -62,7 +62,7 @@ def find_best_feature_ordering(sae_features: Tensor, true_features: Tensor) -> T
 
 def find_best_feature_ordering_from_sae(sae: SAE, feature_dict: FeatureDictionary) -> Tensor:
     """(F,) the order of an SAE's latents by its decoder."""
-    return find_best_feature_ordering(sae.W_dec.detach().cpu(), feature_dict.feature_vectors.detach().cpu())
+    return find_best_feature_ordering(sae.directions().cpu(), feature_dict.feature_vectors.detach().cpu())
 
 
 def find_best_feature_ordering_across_saes(saes: Iterable[SAE], feature_dict: FeatureDictionary) -> Tensor:
@@ -74,7 +74,7 @@ def find_best_feature_ordering_across_saes(saes: Iterable[SAE], feature_dict: Fe
     best: tuple[float, Tensor] | None = None
     for sae in saes:
         ordering = find_best_feature_ordering_from_sae(sae, feature_dict)
-        cosines = cosine_similarities(sae.W_dec.detach().cpu(), feature_dict.feature_vectors.detach().cpu())[ordering]
+        cosines = cosine_similarities(sae.directions().cpu(), feature_dict.feature_vectors.detach().cpu())[ordering]
         square = len(cosines) == feature_dict.num_features
         score = float(cosines.diagonal().sum() if square else cosines.max(dim=1).values.sum())
         if best is None or score > best[0]:
@@ -108,7 +108,7 @@ def plot_sae_feature_similarity(
     from plotly.subplots import make_subplots
 
     truth = feature_dict.feature_vectors.detach().cpu()
-    sides = {"decoder": sae.W_dec.detach().cpu()}
+    sides = {"decoder": sae.directions().cpu()}
     if not decoder_only:
         sides = {"encoder": _encoder_directions(sae), **sides}
     ordering = torch.arange(sae.d_sae)

@@ -87,8 +87,8 @@ def decoder_projection(sae: SAE, hidden_acts: Tensor, n: int) -> float:
     at place n B. Choose `n` a little above every L0 that is compared. Raises ConfigError unless 0 <= n < d_sae.
     """
     require(0 <= n < sae.d_sae, f"decoder_projection: n must be in [0, {sae.d_sae}), not {n}")
-    directions = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-    projections = (sae.prepare(hidden_acts).z.float() - sae.b_dec.float()) @ directions.T
+    directions = torch.nn.functional.normalize(sae.directions().float(), dim=1)
+    projections = (sae.prepare(hidden_acts).z.float() - sae.offset().float()) @ directions.T
     place = projections.numel() - n * len(projections)  # the place counted from the smallest, which kthvalue wants
     return float(torch.kthvalue(projections.flatten(), place).values)
 

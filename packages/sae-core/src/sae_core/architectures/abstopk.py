@@ -1,132 +1,59 @@
 """AbsTopK: the k latents that are largest in absolute value stay, with their sign (Zhu et al. 2025, arXiv 2510.00404).
 
-    h = (z - b_dec) W_enc + b_enc
-    f = h * n for the k largest of |h * n|, else 0,     n the decoder norms, or 1 without rescaling
-    y = (f / n) W_dec + b_dec
+    f = h * n for the k largest of |h * n|, else 0
 
 A latent may point either way, so one direction can hold two opposite concepts instead of two latents holding one each.
-Otherwise this is TopK without its ReLU, auxiliary loss included: dead latents, too, compete by absolute value.
+Otherwise this is TopK without its ReLU, auxiliary loss included: dead latents, too, compete by absolute value. The rest is in
+`selecting`.
 """
 
-# R rows, D d_in, F d_sae
+# F d_sae
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae_core.architectures._parts import (
-    auxiliary_loss,
-    export_rescaled,
-    init_decoder,
-    squared_error,
-    times_norms,
-    with_dead,
-    without_norms,
-)
-from sae_core.codes import Codes, SparseCodes
-from sae_core.config import Schedule, option, require, value_at
-from sae_core.folding import decoder_norms
-from sae_core.ops.decode import decode
-from sae_core.ops.encode import encode_entries, latent_major_parameter
+from sae_core.architectures.selecting import SelectingConfig, SelectingSAE, last_k, require_k
+from sae_core.config import Schedule, option, value_at
 from sae_core.ops.select import AbsTopK
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sae import SAEConfig
 
 __all__ = ["AbsTopKConfig", "AbsTopKSAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbsTopKConfig(SAEConfig):
+class AbsTopKConfig(SelectingConfig):
     """Config of `AbsTopKSAE`."""
 
     k: int | Schedule = option(default=100, help="latents kept in every row; may be a schedule")
-    rescale_acts_by_decoder_norm: bool = option(
-        default=True, help="rank and report latents by pre-activation times decoder norm"
-    )
-    aux_loss_coefficient: float = training_option(default=1.0, help="weight of the auxiliary loss of dead latents")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for k in (self.k.start, self.k.end) if isinstance(self.k, Schedule) else (self.k,):
-            require(1 <= k <= self.d_sae, f"k must lie in [1, d_sae = {self.d_sae}], not {k}")
-        require(
-            self.aux_loss_coefficient >= 0, f"aux_loss_coefficient must not be negative: {self.aux_loss_coefficient}"
-        )
+        require_k(self.k, self.d_sae, least=1)
 
 
 @final
-class AbsTopKSAE(SAE[AbsTopKConfig]):
+class AbsTopKSAE(SelectingSAE[AbsTopKConfig]):
     """Keeps the k latents of every row that are largest in absolute value, signs included (arXiv 2510.00404)."""
 
     architecture: ClassVar[str] = "abstopk"
     config_class: ClassVar[type[SAEConfig]] = AbsTopKConfig
 
-    def __init__(self, config: AbsTopKConfig) -> None:
-        super().__init__(config)
-        self.W_enc = latent_major_parameter(config.d_in, config.d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+    def selection(self, progress: float, norms: Tensor | None) -> AbsTopK:
+        """The k of every row that are largest in absolute value."""
+        return AbsTopK(round(value_at(self.config.k, progress)), norms)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Random decoder rows of norm `decoder_init_norm`, the encoder its transpose, biases zero."""
-        init_decoder(self.W_dec, self.config.decoder_init_norm, generator)
-        self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+    def activation(self, values: Tensor) -> Tensor:
+        """None: signs stay."""
+        return values
 
-    def k_at(self, progress: float) -> int:
-        """The number of latents kept at this fraction of training; after training, the last one."""
-        return round(value_at(self.config.k, progress))
+    def auxiliary_selection(self, k: int, norms: Tensor | None) -> AbsTopK:
+        """Dead latents compete by absolute value, too."""
+        return AbsTopK(k, norms)
 
-    def encode_rows(self, prepared: Prepared) -> Codes:
-        """The k latents largest in absolute value."""
-        norms = self._norms()
-        return times_norms(self._select(prepared.z, self.W_enc, self.k_at(1.0), norms, None), norms)
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        """Weighted sum of decoder rows; a zero row contributes zero."""
-        return decode(without_norms(codes, self._norms()), self.W_dec) + self.b_dec
-
-    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
-        """Squared error plus the auxiliary loss of dead latents."""
-        norms = self._norms()
-        norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        wanted = context.dead if self.config.aux_loss_coefficient else None
-        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
-        codes = self._select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype)
-        y_RD = decode(codes, W_dec)
-        reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
-        losses = {"mse": squared_error(reconstruction, target)}
-        if dead is not None:
-            losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * auxiliary_loss(
-                prepared.z,
-                prepared.z - y_RD - self.b_dec,
-                dead,
-                centre_D=self._centre(),
-                k_aux=max(self.d_in // 2, 1),
-                scale=norms,
-                selection=AbsTopK,
-            )
-        loss = sum(losses.values(), torch.zeros(()))
-        return StepOutput(loss, losses, times_norms(codes, norms), reconstruction, target)
-
-    def export(self) -> Export:
-        """Unit decoder rows when latents are rescaled, so that readers need not rescale."""
-        return export_rescaled(self, self.config, k=self.k_at(1.0))
-
-    def _select(
-        self, z: Tensor, W_enc: Tensor, k: int, norms: Tensor | None, product_dtype: torch.dtype | None
-    ) -> SparseCodes:
-        selection = AbsTopK(k, norms)
-        return encode_entries(z, self._centre(), W_enc, self.b_enc, selection, product_dtype=product_dtype)
-
-    def _norms(self) -> Tensor | None:
-        return decoder_norms(self.W_dec) if self.config.rescale_acts_by_decoder_norm else None
-
-    def _centre(self) -> Tensor | None:
-        return self.b_dec if self.config.apply_b_dec_to_input else None
+    def final_config(self) -> Any:
+        """With the last k."""
+        return last_k(self.config)

@@ -1,7 +1,7 @@
 """JumpReLU: a latent passes unchanged above its own threshold and is zero below (Rajamanoharan et al. 2024, 2407.14435).
 
     h = (z - b_dec) W_enc + b_enc
-    f = h 1[h > theta]
+    f = relu(h) 1[h > theta]                   with apply_relu: false, h 1[h > theta]: thresholds may lie below zero
     y = f W_dec + b_dec
     loss = mean over rows of  |y - z|^2 + l0_coefficient * S [+ pre_act_loss_coefficient * P]
 
@@ -22,28 +22,34 @@ under Adam, and in bfloat16 its steps round away.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from sae_core.architectures._parts import export_tensors, init_decoder, squared_error
+from sae_core.architectures.linear import LinearConfig, LinearSAE
+from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes
-from sae_core.config import Schedule, require, value_at
-from sae_core.folding import decoder_norms
-from sae_core.ops.active import encode_active
-from sae_core.ops.decode import decode
-from sae_core.ops.encode import encode_dense, latent_major_parameter
+from sae_core.config import Schedule, option, require, value_at
+from sae_core.ops.encode import encode_dense
 from sae_core.ops.ste import active_count, jump
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sae import Axis, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sites import Sites
 
 __all__ = ["JumpReLUConfig", "JumpReLUSAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JumpReLUConfig(SAEConfig):
+class JumpReLUConfig(LinearConfig):
     """Config of `JumpReLUSAE`."""
+
+    apply_relu: bool = option(
+        default=True,
+        help="latents below zero are inactive whatever their threshold; false lets thresholds lie below zero",
+        omit_default=True,
+    )
 
     l0_coefficient: float | Schedule = training_option(
         default=1.0, help="weight of the L0 penalty; a schedule from 0 is a warm-up"
@@ -88,51 +94,37 @@ class JumpReLUConfig(SAEConfig):
 
 
 @final
-class JumpReLUSAE(SAE[JumpReLUConfig]):
+class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
     """Latents with a learnt threshold under an L0 penalty (arXiv 2407.14435)."""
 
     architecture: ClassVar[str] = "jumprelu"
     config_class: ClassVar[type[SAEConfig]] = JumpReLUConfig
+    AXES: ClassVar[Mapping[str, Axis]] = {**LinearSAE.AXES, "threshold": Axis(0, "with_norm", keep_float32=True)}
+    folds: ClassVar[bool] = True
     independent_latents: ClassVar[bool] = True
 
     def __init__(self, config: JumpReLUConfig) -> None:
         super().__init__(config)
-        self.W_enc = latent_major_parameter(config.d_in, config.d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.threshold = nn.Parameter(torch.zeros(config.d_sae))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> JumpReLUSAE:
-        super()._apply(fn, recurse)
-        if self.threshold.dtype in (torch.float16, torch.bfloat16):
-            self.threshold.data = self.threshold.data.float()
-        return self
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Random decoder rows of norm `decoder_init_norm`, the encoder its transpose, biases zero, one threshold for all."""
-        init_decoder(self.W_dec, self.config.decoder_init_norm, generator)
-        self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+        """As in the frame, and one threshold for all latents."""
+        super().reset_parameters(generator)
         self.threshold.fill_(self.config.jumprelu_init_threshold)
 
     def encode_rows(self, prepared: Prepared) -> Codes:
-        """Pre-activations above zero and above the threshold."""
-        floor = self.threshold.detach().clamp(min=0)
-        codes = self._pre(prepared.z, floor, None, None)
+        """Pre-activations above the threshold, and above zero unless the config lets them be below."""
+        floor = self.threshold.detach()
+        floor = floor.clamp(min=0) if self.config.apply_relu else floor
+        codes = self.pre(prepared, floor=floor)
         return codes.map(lambda h: torch.where(h > codes.per_latent(floor), h, 0.0))
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        """Weighted sum of decoder rows."""
-        return decode(codes, self.W_dec) + self.b_dec
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error plus the sparsity penalty, with straight-through gradients for the thresholds."""
         config = self.config
         window = (self.threshold.detach() - config.jumprelu_bandwidth / 2).to(self.dtype)
-        pre = self._pre(prepared.z, window, context.density, context.product_dtype)
+        pre = self.pre(prepared, context, floor=window)
         threshold = pre.per_latent(self.threshold)
         codes = pre.with_values(
             jump(pre.values, threshold, config.jumprelu_bandwidth, to_input=config.jumprelu_ste_to_input)
@@ -150,23 +142,20 @@ class JumpReLUSAE(SAE[JumpReLUConfig]):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Thresholds stay non-negative."""
-        self.threshold.clamp_(min=0)
+        """Thresholds stay non-negative, unless the config lets latents be below zero."""
+        if self.config.apply_relu:
+            self.threshold.clamp_(min=0)
 
     @property
     def loss_is_mean_over_rows(self) -> bool:
         """Always."""
         return True
 
-    def export(self) -> Export:
-        """The parameters themselves."""
-        return export_tensors(self, self.config)
-
     def _sparsity(self, pre: Codes, codes: Codes, threshold: Tensor) -> Tensor:
         """(rows,) the penalty of every row."""
         config = self.config
         if config.jumprelu_sparsity_loss_mode == "tanh":
-            weighted = codes.values * codes.per_latent(decoder_norms(self.W_dec))
+            weighted = codes.values * codes.per_latent(self.decoder_norms())
             return codes.row_sums(torch.tanh(config.jumprelu_tanh_scale * weighted))
         counts = active_count(pre.values, threshold, config.jumprelu_bandwidth, to_input=config.jumprelu_ste_to_input)
         l0_R = pre.row_sums(counts)
@@ -176,14 +165,6 @@ class JumpReLUSAE(SAE[JumpReLUConfig]):
 
     def _below_threshold(self, z_RD: Tensor, dead: Tensor) -> Tensor:
         """How far dead latents are below their thresholds, weighted by decoder norms; only they are computed."""
-        h_RF = encode_dense(z_RD, self._centre(), self.W_enc.t()[dead].t(), self.b_enc[dead])
+        h_RF = encode_dense(z_RD, self.centre(), self.encoder[dead], self.get_parameter("b_enc")[dead])
         short_RF = (self.threshold[dead].to(h_RF.dtype) - h_RF).relu()
-        return (short_RF * decoder_norms(self.W_dec[dead])).sum(-1).mean()
-
-    def _centre(self) -> Tensor | None:
-        return self.b_dec if self.config.apply_b_dec_to_input else None
-
-    def _pre(self, z: Tensor, floor: Tensor, density: float | None, product_dtype: torch.dtype | None) -> Codes:
-        return encode_active(
-            z, self._centre(), self.W_enc, self.b_enc, floor, density=density, product_dtype=product_dtype
-        )
+        return (short_RF * Sites(self.writes).norms(self.W_dec[dead], self.config.decoder_norm)).sum(-1).mean()

@@ -14,19 +14,19 @@ Projections mean lengths only if the rows w_i have unit norm, so training restor
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from sae_core.architectures._parts import init_decoder, squared_error
+from sae_core.architectures.parts import init_decoder, squared_error
 from sae_core.codes import Codes, SparseCodes
 from sae_core.config import option, require
 from sae_core.ops.decode import decode
 from sae_core.ops.pursuit import PursuitLimits, matching_pursuit
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 
 __all__ = ["MatchingPursuitConfig", "MatchingPursuitSAE"]
 
@@ -68,6 +68,7 @@ class MatchingPursuitSAE(SAE[MatchingPursuitConfig]):
 
     architecture: ClassVar[str] = "matching_pursuit"
     config_class: ClassVar[type[SAEConfig]] = MatchingPursuitConfig
+    AXES: ClassVar[Mapping[str, Axis]] = {"W_dec": Axis(0), "b_dec": Axis(None)}
 
     def __init__(self, config: MatchingPursuitConfig) -> None:
         super().__init__(config)
@@ -110,23 +111,13 @@ class MatchingPursuitSAE(SAE[MatchingPursuitConfig]):
         self.W_dec.div_(torch.where(norms > 0, norms, 1.0))
 
     def export(self) -> Export:
-        """The parameters, with a uniform scale of the input folded in.
+        """The parameters; a fixed scale of the input is kept as a constant factor, since latents are lengths in its units."""
+        return Export(self.architecture, self.kept_as_factor(), self.tensors())
 
-        The folded form works on raw activations with the same unit rows, so its residual threshold and its latents are
-        those of training divided by the scale.
-        """
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        config = self.config
-        scale = self.normalization.uniform_scale
-        if self.normalization.folds and scale is not None:
-            tensors["b_dec"] = tensors["b_dec"] / scale
-            config = dataclasses.replace(
-                config,
-                normalize_activations="none",
-                activation_normalization_factor=1.0,
-                residual_threshold=config.residual_threshold / scale,
-            )
-        return Export(self.architecture, config, tensors)
+    @torch.no_grad()
+    def start_at(self, centre_O: Tensor) -> None:
+        """b_dec starts at the centre of the activations."""
+        self.b_dec.copy_(centre_O)
 
     def _pursue(self, z: Tensor) -> SparseCodes:
         limits = PursuitLimits(

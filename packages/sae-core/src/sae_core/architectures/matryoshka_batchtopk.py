@@ -1,7 +1,7 @@
 """Matryoshka: nested dictionaries, each of which must reconstruct alone (Bussmann et al. 2025, arXiv 2503.17547).
 
 The first w_1 latents are a dictionary, the first w_2 > w_1 are a larger one that contains it, and so on up to d_sae. All use
-the same BatchTopK selection (see `_batch_selection`), and every level is trained:
+the same BatchTopK selection (see `batch_selecting`), and every level is trained:
 
     y_l = sum_{i < w_l} (f_i / n_i) w_i + b_dec
     loss = sum over levels l of  mean over rows of |y_l - z|^2  +  aux_loss_coefficient * (auxiliary loss of dead latents)
@@ -13,7 +13,7 @@ With `use_matryoshka_aux_loss` each level has its own auxiliary loss: the dead l
 level leaves over. Without, all dead latents predict what the whole dictionary leaves over.
 """
 
-# L levels, R rows, D d_in, F d_sae
+# L levels, R rows, F d_sae, O d_out
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from sae_core.architectures._batch_selection import BatchSelectionConfig, BatchSelectionSAE
-from sae_core.architectures._parts import DeadLatents, auxiliary_loss, squared_error, times_norms, with_dead
+from sae_core.architectures.batch_selecting import BatchSelectingConfig, BatchSelectingSAE
+from sae_core.architectures.parts import DeadLatents, squared_error, times_norms
 from sae_core.config import option, require
 from sae_core.ops.decode import decode_prefixes
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
@@ -34,7 +34,7 @@ __all__ = ["MatryoshkaBatchTopKConfig", "MatryoshkaBatchTopKSAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatryoshkaBatchTopKConfig(BatchSelectionConfig):
+class MatryoshkaBatchTopKConfig(BatchSelectingConfig):
     """Config of `MatryoshkaBatchTopKSAE`."""
 
     matryoshka_widths: tuple[int, ...] = option(
@@ -60,7 +60,7 @@ class MatryoshkaBatchTopKConfig(BatchSelectionConfig):
 
 
 @final
-class MatryoshkaBatchTopKSAE(BatchSelectionSAE[MatryoshkaBatchTopKConfig]):
+class MatryoshkaBatchTopKSAE(BatchSelectingSAE[MatryoshkaBatchTopKConfig]):
     """Nested BatchTopK dictionaries trained together (arXiv 2503.17547)."""
 
     architecture: ClassVar[str] = "matryoshka_batchtopk"
@@ -68,43 +68,29 @@ class MatryoshkaBatchTopKSAE(BatchSelectionSAE[MatryoshkaBatchTopKConfig]):
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error of every level plus auxiliary losses; in train mode the threshold moves."""
-        norms = self.norms()
-        norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        wanted = context.dead if self.config.aux_loss_coefficient else None
-        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
-        codes = self.select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype)
+        norms, codes, W_dec, dead = self.selected(prepared, context)
         levels = self.config.levels
-        y_LRD = decode_prefixes(codes, W_dec, levels) + self.b_dec
-        outputs = [self.to_loss_space(y_RD, prepared) for y_RD in y_LRD.unbind()]
+        y_LRO = decode_prefixes(codes, W_dec, levels)
+        inner = [self.with_bias_and_skip(y_RO, prepared) for y_RO in y_LRO.unbind()]
+        outputs = [self.to_loss_space(y_RO, prepared) for y_RO in inner]
         losses = {"mse": squared_error(outputs[-1], target)}
         for width, output in zip(levels[:-1], outputs, strict=False):
             losses[f"inner_mse_{width}"] = squared_error(output, target)
         if dead is not None:
-            losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * self._auxiliary(
-                prepared.z, y_LRD, norms, dead
-            )
-        latents = times_norms(codes, norms)
-        self.move_threshold(latents)
-        metrics = {"topk_threshold": self.topk_threshold.clone()}
-        return StepOutput(sum(losses.values(), torch.zeros(())), losses, latents, outputs[-1], target, metrics)
+            residuals = [self.residual(prepared, target, y_RO) for y_RO in inner]
+            losses["auxiliary_reconstruction"] = self._auxiliary_of_levels(prepared, residuals, norms, dead)
+        loss = sum(losses.values(), torch.zeros(()))
+        return self.with_moved_threshold(StepOutput(loss, losses, times_norms(codes, norms), outputs[-1], target))
 
-    def _auxiliary(self, z_RD: Tensor, y_LRD: Tensor, norms: Tensor | None, dead: DeadLatents) -> Tensor:
+    def _auxiliary_of_levels(
+        self, prepared: Prepared, residuals: list[Tensor], norms: Tensor | None, dead: DeadLatents
+    ) -> Tensor:
         """Dead latents predict what their level, or the whole dictionary, leaves over."""
-        parts = [(dead, y_LRD[-1])]
-        if self.config.use_matryoshka_aux_loss:
-            levels = self.config.levels
-            added = [(dead.indices >= start) & (dead.indices < end) for start, end in pairwise((0, *levels))]
-            parts = [(dead.where(mask), y_RD) for mask, y_RD in zip(added, y_LRD.unbind(), strict=True)]
-        total = z_RD.new_zeros(())
-        for some, y_RD in parts:
-            if some.indices.numel() == 0:
-                continue
-            total = total + auxiliary_loss(
-                z_RD,
-                z_RD - y_RD,
-                some,
-                centre_D=self.centre(),
-                k_aux=max(self.d_in // 2, 1),
-                scale=norms,
-            )
+        if not self.config.use_matryoshka_aux_loss:
+            return self.auxiliary(prepared, residuals[-1], dead, norms)
+        total = prepared.z.new_zeros(())
+        for (start, end), residual in zip(pairwise((0, *self.config.levels)), residuals, strict=True):
+            added = dead.where((dead.indices >= start) & (dead.indices < end))
+            if added.indices.numel():
+                total = total + self.auxiliary(prepared, residual, added, norms)
         return total

@@ -18,21 +18,20 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae_core.architectures._parts import export_tensors, init_decoder, squared_error
+from sae_core.architectures.linear import LinearConfig, LinearSAE
+from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes
 from sae_core.config import Schedule, require, value_at
-from sae_core.ops.active import encode_active
-from sae_core.ops.decode import decode, decode_and_norms
-from sae_core.ops.encode import latent_major_parameter
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.ops.decode import decode_and_norms
+from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
 
 __all__ = ["StandardConfig", "StandardSAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandardConfig(SAEConfig):
+class StandardConfig(LinearConfig):
     """Config of `StandardSAE`."""
 
     l1_coefficient: float | Schedule = training_option(
@@ -55,41 +54,23 @@ class StandardConfig(SAEConfig):
 
 
 @final
-class StandardSAE(SAE[StandardConfig]):
+class StandardSAE(LinearSAE[StandardConfig]):
     """ReLU latents under an L1 penalty."""
 
     architecture: ClassVar[str] = "standard"
     config_class: ClassVar[type[SAEConfig]] = StandardConfig
+    folds: ClassVar[bool] = True
     independent_latents: ClassVar[bool] = True
-
-    def __init__(self, config: StandardConfig) -> None:
-        super().__init__(config)
-        self.W_enc = latent_major_parameter(config.d_in, config.d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Random decoder rows of norm `decoder_init_norm`, the encoder its transpose, biases zero."""
-        init_decoder(self.W_dec, self.config.decoder_init_norm, generator)
-        self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
-        self.b_dec.zero_()
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """relu of the pre-activations."""
-        return self._pre(prepared.z, None, None).map(torch.relu)
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        """Weighted sum of decoder rows."""
-        return decode(codes, self.W_dec) + self.b_dec
+        return self.pre(prepared, floor=0.0).map(torch.relu)
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error plus the p-norm penalty."""
-        codes = self._pre(prepared.z, context.density, context.product_dtype).map(torch.relu)
-        y_RD, norms = decode_and_norms(codes, self.W_dec)
-        reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
+        codes = self.pre(prepared, context, floor=0.0).map(torch.relu)
+        y_RO, norms = decode_and_norms(codes, self.W_dec, self.norm_sizes())
+        reconstruction = self.to_loss_space(self.with_bias_and_skip(y_RO, prepared), prepared)
         coefficient = value_at(self.config.l1_coefficient, context.progress)
         penalty = weighted_p_norms(codes, norms, value_at(self.config.lp_norm, context.progress)).mean()
         if self.config.lp_norm_keeps_scale:
@@ -102,14 +83,6 @@ class StandardSAE(SAE[StandardConfig]):
     def loss_is_mean_over_rows(self) -> bool:
         """Unless the penalty is scaled by its mean over the batch."""
         return not self.config.lp_norm_keeps_scale
-
-    def export(self) -> Export:
-        """The parameters themselves."""
-        return export_tensors(self, self.config)
-
-    def _pre(self, z: Tensor, density: float | None, product_dtype: torch.dtype | None) -> Codes:
-        centre = self.b_dec if self.config.apply_b_dec_to_input else None
-        return encode_active(z, centre, self.W_enc, self.b_enc, 0.0, density=density, product_dtype=product_dtype)
 
 
 def weighted_p_norms(codes: Codes, weights: Tensor, p: float) -> Tensor:

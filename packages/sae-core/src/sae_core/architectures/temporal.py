@@ -22,8 +22,8 @@ sequence: ``decode(f)`` is their part alone, ``decode(f, x=x)`` equals ``sae(x)`
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, final
 
@@ -31,15 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_core.architectures._parts import init_decoder, squared_error
+from sae_core.architectures.parts import init_decoder, squared_error
 from sae_core.codes import Codes
 from sae_core.config import Schedule, option, require, value_at
-from sae_core.folding import decoder_norms
 from sae_core.ops.active import encode_active
 from sae_core.ops.decode import decode
-from sae_core.ops.encode import encode_entries, latent_major_parameter
+from sae_core.ops.encode import encode_entries
 from sae_core.ops.select import TopK
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 
 __all__ = ["TemporalConfig", "TemporalSAE"]
 
@@ -92,14 +91,21 @@ class TemporalSAE(SAE[TemporalConfig]):
 
     architecture: ClassVar[str] = "temporal"
     config_class: ClassVar[type[SAEConfig]] = TemporalConfig
-    W_enc: nn.Parameter | None
+    AXES: ClassVar[Mapping[str, Axis]] = {
+        "encoder": Axis(0, file="W_enc"),
+        "W_dec": Axis(0),
+        "b_dec": Axis(None),
+        "attn_layers.*": Axis(None),
+    }
+    reads_sequences: ClassVar[bool] = True
+    encoder: nn.Parameter | None
 
     def __init__(self, config: TemporalConfig) -> None:
         super().__init__(config)
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.register_parameter(
-            "W_enc", None if config.tied_weights else latent_major_parameter(config.d_in, config.d_sae)
+            "encoder", None if config.tied_weights else nn.Parameter(torch.empty(config.d_sae, config.d_in))
         )
         self.attn_layers = nn.ModuleList(
             _Attention(config.d_sae, config.n_heads, config.bottleneck_factor) for _ in range(config.n_attn_layers)
@@ -109,7 +115,7 @@ class TemporalSAE(SAE[TemporalConfig]):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Random decoder rows (and encoder columns, when not tied), attention rows of fixed norms, b_dec zero."""
         norm = self.config.decoder_init_norm
-        for rows in (self.W_dec,) if self.W_enc is None else (self.W_dec, self.W_enc.t()):
+        for rows in (self.W_dec,) if self.encoder is None else (self.W_dec, self.encoder):
             if norm is None:
                 rows.copy_(torch.randn(rows.shape, generator=generator, dtype=torch.float64))
             else:
@@ -139,7 +145,7 @@ class TemporalSAE(SAE[TemporalConfig]):
         losses = {"mse": squared_error(reconstruction, target)}
         coefficient = value_at(self.config.l1_coefficient, context.progress)
         if coefficient:
-            weighted = codes.values * codes.per_latent(decoder_norms(self.W_dec))
+            weighted = codes.values * codes.per_latent(self.W_dec.norm(dim=-1))
             losses["l1"] = coefficient * codes.row_sums(weighted).mean()
         with torch.no_grad():
             predicted, novel = prepared.scratch["predicted"], decode(codes.detach(), self.W_dec)
@@ -149,25 +155,25 @@ class TemporalSAE(SAE[TemporalConfig]):
 
     def export(self) -> Export:
         """The parameters; a fitted scale of the input is kept as a constant factor, since predictions compare lengths."""
-        config = self.config
-        scale = self.normalization.uniform_scale
-        if self.normalization.folds and scale is not None:
-            config = dataclasses.replace(
-                config, normalize_activations="constant_scalar_rescale", activation_normalization_factor=scale
-            )
-        return Export(
-            self.architecture, config, {name: parameter.detach() for name, parameter in self.named_parameters()}
-        )
+        tensors = self.tensors()
+        if self.encoder is not None:
+            tensors["W_enc"] = tensors.pop("encoder").t()
+        return Export(self.architecture, self.kept_as_factor(), tensors)
+
+    @torch.no_grad()
+    def start_at(self, centre_O: Tensor) -> None:
+        """b_dec starts at the centre of the activations."""
+        self.b_dec.copy_(centre_O)
 
     def _split(self, prepared: Prepared, density: float | None, product_dtype: torch.dtype | None) -> Codes:
         """Novel codes of all rows; the prediction in input space goes to ``scratch["predicted"]``."""
-        W_enc = self.W_dec.t() if self.W_enc is None else self.W_enc
+        encoder = self.W_dec if self.encoder is None else self.encoder
         lam = 1 / (4 * self.d_in)
         centred = prepared.z - self.b_dec if self.config.apply_b_dec_to_input else prepared.z
         left_BLD = centred.view(*_sequences(prepared.leading_shape), self.d_in)
         predicted_BLD = torch.zeros_like(left_BLD)
         for layer in self.attn_layers:
-            codes_BLF = F.relu((lam * left_BLD) @ W_enc)
+            codes_BLF = F.relu((lam * left_BLD) @ encoder.t())
             before_BLF = F.pad(codes_BLF[:, :-1], (0, 0, 1, 0))
             p_BLD = F.relu(layer(codes_BLF, before_BLF)) @ self.W_dec
             share_BL1 = (p_BLD * left_BLD).sum(-1, keepdim=True) / (_safe_norm(p_BLD) + _EPS).square()
@@ -178,9 +184,9 @@ class TemporalSAE(SAE[TemporalConfig]):
         no_bias = left_RD.new_zeros(self.d_sae)
         k = self.config.kval_topk if self.config.sae_diff_type == "topk" else None
         if k is not None:
-            codes = encode_entries(left_RD, None, W_enc, no_bias, TopK(k), product_dtype=product_dtype)
+            codes = encode_entries(left_RD, None, encoder, no_bias, TopK(k), product_dtype=product_dtype)
             return codes.map(torch.relu)
-        codes = encode_active(left_RD, None, W_enc, no_bias, 0.0, density=density, product_dtype=product_dtype)
+        codes = encode_active(left_RD, None, encoder, no_bias, 0.0, density=density, product_dtype=product_dtype)
         return codes.map(torch.relu)
 
 

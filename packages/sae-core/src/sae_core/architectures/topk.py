@@ -1,133 +1,58 @@
 """TopK: of all latents, the k with the largest pre-activations stay (Gao et al. 2024, arXiv 2406.04093).
 
-    h = (z - b_dec) W_enc + b_enc
-    f = relu(h * n) for the k largest of h * n, else 0,     n the decoder norms, or 1 without rescaling
-    y = (f / n) W_dec + b_dec
+    f = relu(h * n) for the k largest of h * n, else 0
 
-Sparsity needs no penalty, since it is exact; what needs care is latents that are never among the k largest. They are kept
-alive by the auxiliary loss: dead latents predict the residual. Ranking by h * n, the length of a latent's contribution,
-makes the choice independent of how encoder and decoder share their scale; in the reconstruction n cancels.
+How latents are ranked and reported, decoded, and kept alive is in `selecting`. With ``apply_relu: false`` selected latents
+keep their value where it is below zero, as in circuit-tracer's TopK transcoders.
 """
 
-# R rows, D d_in, F d_sae
+# F d_sae
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sae_core.architectures._parts import (
-    auxiliary_loss,
-    export_rescaled,
-    init_decoder,
-    squared_error,
-    times_norms,
-    with_dead,
-    without_norms,
-)
-from sae_core.codes import Codes, SparseCodes
-from sae_core.config import Schedule, option, require, value_at
-from sae_core.folding import decoder_norms
-from sae_core.ops.decode import decode
-from sae_core.ops.encode import encode_entries, latent_major_parameter
+from sae_core.architectures.selecting import SelectingConfig, SelectingSAE, last_k, require_k
+from sae_core.config import Schedule, option, value_at
 from sae_core.ops.select import TopK
-from sae_core.sae import SAE, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
+from sae_core.sae import SAEConfig
 
 __all__ = ["TopKConfig", "TopKSAE"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKConfig(SAEConfig):
+class TopKConfig(SelectingConfig):
     """Config of `TopKSAE`."""
 
     k: int | Schedule = option(default=100, help="latents kept in every row; may be a schedule")
-    rescale_acts_by_decoder_norm: bool = option(
-        default=True, help="rank and report latents by pre-activation times decoder norm"
+    apply_relu: bool = option(
+        default=True, help="selected latents below zero become zero; false keeps them", omit_default=True
     )
-    aux_loss_coefficient: float = training_option(default=1.0, help="weight of the auxiliary loss of dead latents")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for k in (self.k.start, self.k.end) if isinstance(self.k, Schedule) else (self.k,):
-            require(1 <= k <= self.d_sae, f"k must lie in [1, d_sae = {self.d_sae}], not {k}")
-        require(
-            self.aux_loss_coefficient >= 0, f"aux_loss_coefficient must not be negative: {self.aux_loss_coefficient}"
-        )
+        require_k(self.k, self.d_sae, least=1)
 
 
 @final
-class TopKSAE(SAE[TopKConfig]):
+class TopKSAE(SelectingSAE[TopKConfig]):
     """Keeps the k largest latents of every row (arXiv 2406.04093)."""
 
     architecture: ClassVar[str] = "topk"
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
 
-    def __init__(self, config: TopKConfig) -> None:
-        super().__init__(config)
-        self.W_enc = latent_major_parameter(config.d_in, config.d_sae)
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+    def selection(self, progress: float, norms: Tensor | None) -> TopK:
+        """The k largest of every row."""
+        return TopK(round(value_at(self.config.k, progress)), norms)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Random decoder rows of norm `decoder_init_norm`, the encoder its transpose, biases zero."""
-        init_decoder(self.W_dec, self.config.decoder_init_norm, generator)
-        self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+    def activation(self, values: Tensor) -> Tensor:
+        """ReLU, unless the config says otherwise."""
+        return torch.relu(values) if self.config.apply_relu else values
 
-    def k_at(self, progress: float) -> int:
-        """The number of latents kept at this fraction of training; after training, the last one."""
-        return round(value_at(self.config.k, progress))
-
-    def encode_rows(self, prepared: Prepared) -> Codes:
-        """The k largest latents, those not above zero as zero."""
-        norms = self._norms()
-        return times_norms(self._select(prepared.z, self.W_enc, self.k_at(1.0), norms, None).map(torch.relu), norms)
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        """Weighted sum of decoder rows; a zero row contributes zero."""
-        return decode(without_norms(codes, self._norms()), self.W_dec) + self.b_dec
-
-    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
-        """Squared error plus the auxiliary loss of dead latents."""
-        norms = self._norms()
-        norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
-        wanted = context.dead if self.config.aux_loss_coefficient else None
-        W_enc, W_dec, dead = with_dead(self.W_enc, self.b_enc, self.W_dec, wanted)
-        codes = self._select(prepared.z, W_enc, self.k_at(context.progress), norms, context.product_dtype).map(
-            torch.relu
-        )
-        y_RD = decode(codes, W_dec)
-        reconstruction = self.to_loss_space(y_RD + self.b_dec, prepared)
-        losses = {"mse": squared_error(reconstruction, target)}
-        if dead is not None:
-            losses["auxiliary_reconstruction"] = self.config.aux_loss_coefficient * auxiliary_loss(
-                prepared.z,
-                prepared.z - y_RD - self.b_dec,
-                dead,
-                centre_D=self._centre(),
-                k_aux=max(self.d_in // 2, 1),
-                scale=norms,
-            )
-        loss = sum(losses.values(), torch.zeros(()))
-        return StepOutput(loss, losses, times_norms(codes, norms), reconstruction, target)
-
-    def export(self) -> Export:
-        """Unit decoder rows when latents are rescaled, so that readers need not rescale."""
-        return export_rescaled(self, self.config, k=self.k_at(1.0))
-
-    def _select(
-        self, z: Tensor, W_enc: Tensor, k: int, norms: Tensor | None, product_dtype: torch.dtype | None
-    ) -> SparseCodes:
-        return encode_entries(z, self._centre(), W_enc, self.b_enc, TopK(k, norms), product_dtype=product_dtype)
-
-    def _norms(self) -> Tensor | None:
-        return decoder_norms(self.W_dec) if self.config.rescale_acts_by_decoder_norm else None
-
-    def _centre(self) -> Tensor | None:
-        return self.b_dec if self.config.apply_b_dec_to_input else None
+    def final_config(self) -> Any:
+        """With the last k."""
+        return last_k(self.config)

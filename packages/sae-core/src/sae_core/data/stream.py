@@ -13,7 +13,7 @@ from typing import Any, cast, final
 
 from torch import Tensor
 
-from sae_core.errors import DataError
+from sae_core.errors import ConfigError, DataError
 from sae_core.protocols import ActivationBatch, ActivationSource, Resumable
 
 __all__ = ["Batch", "ListedBatches", "Stream", "rows_of"]
@@ -72,6 +72,11 @@ class Stream:
             self._batches: Iterator[Batch] = iter(source.batches(batch_size))
         elif isinstance(source, Sequence) and not isinstance(source, str):
             self._batches = ListedBatches(source)
+        elif not isinstance(source, Iterable):
+            raise ConfigError(
+                f"{type(source).__name__} is neither an activation source, which has `sites` and `batches(batch_size)`, nor "
+                "an iterable of batches"
+            )
         else:
             self._batches = iter(source)
         self._ahead: deque[Batch] = deque()

@@ -51,7 +51,12 @@ class TensorFiles:
         self._starts = torch.tensor([0, *(part.shape[0] for part in self._parts)]).cumsum(0)
 
     @property
-    def d_in(self) -> int:
+    def sites(self) -> Mapping[str, int]:
+        """One, without a name."""
+        return {"": self.width}
+
+    @property
+    def width(self) -> int:
         """Width of the activations."""
         return self._parts[0].shape[1]
 
@@ -73,7 +78,7 @@ class TensorFiles:
 
     def _read(self, chosen: Tensor) -> Tensor:
         part_of = torch.bucketize(chosen, self._starts, right=True) - 1
-        batch = torch.empty(chosen.numel(), self.d_in, dtype=self._parts[0].dtype)
+        batch = torch.empty(chosen.numel(), self.width, dtype=self._parts[0].dtype)
         for number in part_of.unique().tolist():
             here = part_of == number
             batch[here] = self._parts[number][chosen[here] - self._starts[number]].to(batch.dtype)

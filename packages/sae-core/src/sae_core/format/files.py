@@ -100,7 +100,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     with path.open("rb") as file:
         head = file.read(10)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # a safetensors file starts with the length of its header, which may look like a pickle's first bytes: 640 is 80 02
+    pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    if pickled and head[8:9] != b"{":
         raise FormatError(f"{path}: this is a pickle, not a safetensors file; pickles can run code and are not read")
     try:
         with safe_open(path, framework="pt") as file:

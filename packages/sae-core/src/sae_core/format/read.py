@@ -127,36 +127,38 @@ def build_sae(
         sae = sae_class(config)
     pool = loaded.tensors if isinstance(loaded.tensors, dict) else dict(loaded.tensors)
     _fill(sae, pool, where, as_device(device), None if dtype is None else as_dtype(dtype))
-    # What a file does not hold are statistics of the input normalisation: start them afresh, outside the meta device.
-    sae.normalization = type(sae.normalization)(
-        config.normalize_activations, config.d_in, config.activation_normalization_factor
-    ).to(sae.device)
+    sae.forget_statistics()  # of normalisations, which files do not hold: they are still on the meta device
     if loaded.activation_scale is not None:
         sae.normalization.set_scale(loaded.activation_scale)
+        if sae.target_normalization is not None:
+            sae.target_normalization.set_scale(1.0)  # such files are of transcoders whose targets were not normalised
     sae.metadata = spell_hook_names(loaded.metadata)
     return sae.eval()
 
 
 def _fill(sae: SAE, tensors: dict[str, Tensor], where: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    wanted = {name: tensor for name, tensor in sae.state_dict().items() if not name.startswith("normalization.")}
+    wanted = {sae.axis(name).file or name: (name, tensor) for name, tensor in sae.tensors().items()}
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         said = [f"missing tensor {name!r}" for name in missing] + [f"unexpected tensor {name!r}" for name in extra]
         raise FormatError(
             f"{where}: {'; '.join(said)} for architecture {sae.architecture!r} (wants: {', '.join(wanted)})"
         )
-    for name, parameter in wanted.items():
-        tensor = tensors.pop(name)
-        if tensor.shape != parameter.shape:
+    for file_name, (name, parameter) in wanted.items():
+        tensor, axis = tensors.pop(file_name), sae.axis(name)
+        shape = parameter.shape[::-1] if axis.file else parameter.shape
+        if tensor.shape != shape:
             raise FormatError(
-                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, but the config asks for {tuple(parameter.shape)}"
+                f"{where}: tensor {file_name!r} has shape {tuple(tensor.shape)}, but the config asks for {tuple(shape)}"
             )
-        if not tensor.is_floating_point():
-            raise FormatError(f"{where}: tensor {name!r} has dtype {tensor.dtype}; floating point is needed")
+        if parameter.is_floating_point() != tensor.is_floating_point():
+            wants = "floating point" if parameter.is_floating_point() else parameter.dtype
+            raise FormatError(f"{where}: tensor {file_name!r} has dtype {tensor.dtype}; {wants} is needed")
         if bad := _not_finite(tensor):
-            raise FormatError(f"{where}: tensor {name!r} holds {bad} values that are NaN or infinite")
-        keeps_precision = parameter.dtype == torch.float64 or name == "threshold"
-        _assign(sae, name, tensor.to(device, None if keeps_precision else dtype))
+            raise FormatError(f"{where}: tensor {file_name!r} holds {bad} values that are NaN or infinite")
+        cast_to = dtype if parameter.is_floating_point() and not axis.keep_float32 else None
+        tensor = tensor.to(device, cast_to)
+        _assign(sae, name, tensor.t().contiguous() if axis.file else tensor)
 
 
 def _not_finite(tensor: Tensor) -> int:

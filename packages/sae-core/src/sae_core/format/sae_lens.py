@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 from sae_core.errors import ConfigError, FormatError, UnknownNameError, did_you_mean
 from sae_core.format.facts import METADATA_FACTS, known_facts
 from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, read_json, read_safetensors
+from sae_core.format.sae_lens_names import from_sae_lens
 from sae_core.protocols import FileSource, LoadedSAE
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ _TRAINING_FACTS = frozenset(
     }
 )
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-_LATENT_AXES = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "b_gate": 0, "b_mag": 0, "r_mag": 0}
 _FLAT_FACTS = METADATA_FACTS | {
     "dataset_trust_remote_code",
     "disable_concat_sequences",
@@ -73,7 +73,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "residual_threshold": 1e-2,
     "max_iterations": None,
     "stop_on_duplicate_support": True,
-    "d_out": 768,
     "n_heads": 8,
     "n_attn_layers": 1,
     "bottleneck_factor": 64,
@@ -82,7 +81,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "tied_weights": True,
     "activation_normalization_factor": 1.0,
 }
-_TRANSCODER_DEFAULTS: Mapping[str, Any] = {**_DEFAULTS, "apply_b_dec_to_input": False}
 
 
 @final
@@ -115,8 +113,11 @@ class SaeLensLoader:
         written = cfg.pop("architecture", None)
         if not isinstance(written, str):
             raise FormatError(f"{where}: 'architecture' must name one, found {written!r}")
+        if not _by_a_plugin(metadata):
+            written, cfg = from_sae_lens(written, cfg)
         architecture = _of_its_provider(written, metadata)
-        fields = _fields(architecture, metadata, where)
+        sae_class = _class(architecture, metadata, where)
+        fields = {field.name for field in dataclasses.fields(sae_class.config_class)}
         facts = known_facts(overrides, "sae_lens", {"norm_scaling_factor", *fields})
         ignored = facts.pop("ignore_keys", None) or []
         scale = facts.pop("norm_scaling_factor", None)
@@ -126,26 +127,29 @@ class SaeLensLoader:
         metadata |= {key: value for key, value in facts.items() if key not in fields}
         config = _sort(cfg, architecture, metadata, fields, where)
         if architecture == written:
-            config = {**_writers_default(written, fields), **config}
+            config = {**{key: value for key, value in _DEFAULTS.items() if key in fields}, **config}
         tensors: dict[str, Tensor] = {}
         if weights:
             tensors = read_safetensors(source.path(join(folder, WEIGHTS_FILE)))
-            _upgrade_tensors(tensors, f"{source.location}/{join(folder, WEIGHTS_FILE)}")
+            _upgrade_tensors(tensors, sae_class, f"{source.location}/{join(folder, WEIGHTS_FILE)}")
         if rows is not None:
-            _take_rows(tensors, config, rows, where)
+            _take_rows(tensors, config, rows, sae_class, where)
         return LoadedSAE(architecture, config, tensors, metadata, activation_scale=scale)
 
 
-def _take_rows(tensors: dict[str, Tensor], config: dict[str, Any], rows: Sequence[int], where: str) -> None:
-    """Keep some latents only, in every tensor that has one entry a latent."""
+def _take_rows(
+    tensors: dict[str, Tensor], config: dict[str, Any], rows: Sequence[int], sae_class: type[SAE], where: str
+) -> None:
+    """Keep some latents only, in every tensor that the class declares to have one entry a latent."""
     import torch
 
     d_sae = config.get("d_sae")
     if wrong := [row for row in rows if not (isinstance(d_sae, int) and 0 <= row < d_sae)]:
         raise ConfigError(f"{where}: rows must lie in [0, d_sae = {d_sae}), not {wrong[0]}")
     config["d_sae"] = len(rows)
-    for name, axis in _LATENT_AXES.items():
-        if name in tensors:
+    for name in tensors:
+        axis = sae_class.axis_in_files(name).latent if sae_class.declares(name) else None
+        if axis is not None:
             if tensors[name].dim() <= axis or tensors[name].shape[axis] != d_sae:
                 raise FormatError(
                     f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, but d_sae is {d_sae}"
@@ -157,12 +161,6 @@ def _is_current(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
     """Whether SAELens 6 or newer wrote the file: only then are fields and metadata apart."""
     version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     return isinstance(version, str) and version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6
-
-
-def _writers_default(architecture: str, fields: set[str]) -> dict[str, Any]:
-    """What SAELens gives the fields of an architecture that a file may lack."""
-    defaults = _TRANSCODER_DEFAULTS if architecture.endswith("transcoder") else _DEFAULTS
-    return {key: value for key, value in defaults.items() if key in fields}
 
 
 def _facts_beside(
@@ -213,11 +211,11 @@ def _sort(
     return config
 
 
-def _fields(architecture: str, metadata: Mapping[str, Any], where: str) -> set[str]:
+def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[SAE]:
     from sae_core.plugins import get_registry
 
     try:
-        sae_class = cast("type[SAE]", get_registry().resolve("architecture", architecture))
+        return cast("type[SAE]", get_registry().resolve("architecture", architecture))
     except UnknownNameError as error:
         package, version = _provider(metadata)
         if package and not _is_installed(package):
@@ -226,13 +224,15 @@ def _fields(architecture: str, metadata: Mapping[str, Any], where: str) -> set[s
                 f"install it with: pip install '{package}>={version}'. ({error})"
             ) from None
         raise UnknownNameError(f"{where}: {error}") from None
-    return {field.name for field in dataclasses.fields(sae_class.config_class)}
+
+
+def _by_a_plugin(metadata: Mapping[str, Any]) -> bool:
+    return _provider(metadata)[0] not in ("", "sae-core", "local")
 
 
 def _of_its_provider(architecture: str, metadata: Mapping[str, Any]) -> str:
     """The name with the distribution that wrote the file, so that another plugin's claim on the bare name means nothing."""
-    package, _ = _provider(metadata)
-    return architecture if package in ("", "sae-core", "local") else f"{package}:{architecture}"
+    return f"{_provider(metadata)[0]}:{architecture}" if _by_a_plugin(metadata) else architecture
 
 
 def _provider(metadata: Mapping[str, Any]) -> tuple[str, str]:
@@ -289,13 +289,17 @@ def _upgrade(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     return cfg
 
 
-def _upgrade_tensors(tensors: dict[str, Tensor], where: str) -> None:
-    """What older or foreign files hold otherwise: an unused scaling factor, logarithms of thresholds, a bare running mean."""
-    if "scaling_factor" in tensors:
+def _upgrade_tensors(tensors: dict[str, Tensor], sae_class: type[SAE], where: str) -> None:
+    """What older or foreign files hold otherwise: an unused scaling factor, logarithms of thresholds, a bare running mean.
+
+    A name that the architecture declares as its own means what it means there.
+    """
+    if "scaling_factor" in tensors and not sae_class.declares("scaling_factor"):
         if not bool((tensors["scaling_factor"] == 1).all()):
             raise FormatError(f"{where}: tensor 'scaling_factor' is not all ones; fine-tuned scaling is not supported")
         del tensors["scaling_factor"]
-    if "topk_threshold" in tensors:  # a running mean whose weight nobody wrote down: take it as it is
+    if "topk_threshold" in tensors and sae_class.declares("topk_threshold_weight"):
+        # a running mean whose weight was not written down: take it as it is
         tensors.setdefault("topk_threshold_weight", tensors["topk_threshold"].new_ones(()))
-    if "log_threshold" in tensors and "threshold" not in tensors:
+    if "log_threshold" in tensors and "threshold" not in tensors and not sae_class.declares("log_threshold"):
         tensors["threshold"] = tensors.pop("log_threshold").exp()

@@ -18,11 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_core.config import unstructure
+from sae_core.config import default_of, unstructure
 from sae_core.errors import FormatError
+from sae_core.format.exports import exported as checked_export
 from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_core.format.sae_lens_names import to_sae_lens
 from sae_core.plugins import get_registry
-from sae_core.sae import SAE, Export
+from sae_core.sae import SAE, Export, SAEConfig
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
 
@@ -32,7 +34,7 @@ _SAE_LENS_LAYOUT = "6.28.0"  # readers take a file without this version for one 
 
 def save_sae(sae: SAE, path: Path) -> Path:
     """Write `sae` in inference form to the folder `path`."""
-    exported = sae.export()
+    exported = checked_export(sae)
     cfg = json.dumps(inference_config(sae, exported), indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in exported.tensors.items()}
     _check_finite(tensors, path)
@@ -55,10 +57,7 @@ def save_sae(sae: SAE, path: Path) -> Path:
 
 def inference_config(sae: SAE, exported: Export) -> dict[str, Any]:
     """The content of cfg.json."""
-    inference = {f.name for f in dataclasses.fields(exported.config) if not f.metadata.get("training")}
-    cfg = {key: value for key, value in unstructure(exported.config).items() if key in inference}
-    if cfg.get("activation_normalization_factor") == 1.0:
-        del cfg["activation_normalization_factor"]
+    architecture, cfg = to_sae_lens(exported.architecture, _inference_fields(exported.config))
     if exported.architecture == sae.architecture:
         provider = get_registry().provider_of("architecture", type(sae))
     else:
@@ -76,7 +75,15 @@ def inference_config(sae: SAE, exported: Export) -> dict[str, Any]:
     }
     if "training_config" not in metadata["sae_core"]:
         metadata["sae_core"]["training_config"] = unstructure(sae.config)
-    return {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata, "architecture": exported.architecture}
+    return {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata, "architecture": architecture}
+
+
+def _inference_fields(config: SAEConfig) -> dict[str, Any]:
+    """What changes the forward pass; fields that other tools do not know only where they are not their defaults."""
+    plain = unstructure(config)
+    kept = [field for field in dataclasses.fields(config) if not field.metadata.get("training")]
+    defaults = {field.name: default_of(field) for field in kept if field.metadata.get("omit_default")}
+    return {f.name: plain[f.name] for f in kept if f.name not in defaults or plain[f.name] != defaults[f.name]}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

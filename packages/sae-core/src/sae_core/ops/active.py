@@ -22,8 +22,8 @@ _PROBE_ROWS = 32
 def encode_active(
     x_RD: Tensor,
     centre_D: Tensor | None,
-    W_enc: Tensor,
-    b_enc: Tensor,
+    W_FD: Tensor,
+    b_F: Tensor,
     threshold: Tensor | float,
     *,
     density: float | None = None,
@@ -36,8 +36,8 @@ def encode_active(
     """
     if density is None and x_RD.device.type == "cpu" and x_RD.shape[0] > 4 * _PROBE_ROWS:
         with torch.no_grad():
-            probe = encode_dense(x_RD[:_PROBE_ROWS], centre_D, W_enc, b_enc) > threshold
+            probe = encode_dense(x_RD[:_PROBE_ROWS], centre_D, W_FD, b_F) > threshold
             density = float(probe.float().mean())
-    if prefer_sparse(d_sae=W_enc.shape[1], density=density, device=x_RD.device):
-        return encode_entries(x_RD, centre_D, W_enc, b_enc, Above(threshold), product_dtype=product_dtype)
-    return DenseCodes(encode_dense(x_RD, centre_D, W_enc, b_enc), (x_RD.shape[0],))
+    if prefer_sparse(d_sae=W_FD.shape[0], density=density, device=x_RD.device):
+        return encode_entries(x_RD, centre_D, W_FD, b_F, Above(threshold), product_dtype=product_dtype)
+    return DenseCodes(encode_dense(x_RD, centre_D, W_FD, b_F), (x_RD.shape[0],))

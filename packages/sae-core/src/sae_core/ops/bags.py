@@ -24,7 +24,6 @@ from torch import Tensor
 
 from sae_core.codes import LatentMajor
 from sae_core.ops.device import kernels_for
-from sae_core.ops.memory import borrow
 
 __all__ = ["entry_dots", "latent_bags", "row_bags"]
 
@@ -45,7 +44,7 @@ def row_bags(values_E: Tensor, indices_E: Tensor, offsets: Tensor, W_FD: Tensor)
 def latent_bags(weights_E: Tensor, order: LatentMajor, source_RD: Tensor) -> Tensor:
     """(d_sae, width): for every latent the sum over its entries of weight times the row of `source_RD` it occurs in.
 
-    `weights_E` are in the order of the codes, row by row. The result may lie in memory that was given back.
+    `weights_E` are in the order of the codes, row by row.
     """
     shape = (order.offsets.numel() - 1, source_RD.shape[1])
     if weights_E.numel() == 0:
@@ -55,7 +54,7 @@ def latent_bags(weights_E: Tensor, order: LatentMajor, source_RD: Tensor) -> Ten
     weights = weights_E.to(source_RD.dtype)[order.order]
     if _has_sparse_product(source_RD):
         matrix = torch.sparse_csr_tensor(order.offsets, order.rows, weights, (shape[0], source_RD.shape[0]))
-        out = borrow(shape, source_RD)
+        out = source_RD.new_empty(shape)
         return torch.addmm(out, matrix, source_RD.contiguous(), beta=0, out=out)
     return F.embedding_bag(
         order.rows, source_RD, order.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True

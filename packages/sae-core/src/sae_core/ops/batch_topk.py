@@ -38,7 +38,7 @@ class BatchTopK:
     `scale` is (d_sae,) and not negative, say decoder norms. Entries that are not positive are never kept, so fewer remain
     when fewer are positive. Of equal values at the threshold the first, row by row, are kept.
 
-    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[4.0, 3.0, 2.0], [1.0, -1.0, -2.0]]), torch.zeros(3))
+    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[4.0, 3.0, 2.0], [1.0, -1.0, -2.0]]).T, torch.zeros(3))
     >>> BatchTopK(k=1)(pre).to_dense().tolist()
     [[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
     """

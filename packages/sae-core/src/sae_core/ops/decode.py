@@ -35,17 +35,20 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     return cast("Tensor", _DecodeEntries.apply(codes.values, W_dec, codes))
 
 
-def decode_and_norms(codes: Codes, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+def decode_and_norms(codes: Codes, W_dec: Tensor, sizes: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """What `decode` gives, and the norms (d_sae,) of the decoder's rows, for penalties that depend on both.
 
-    The norms' gradient, g_j W_dec[j] / |W_dec[j]|, is added to the reconstruction's where that lies; alone it would be one
-    more tensor of the decoder's size. At a zero row it is zero.
+    With `sizes`, the norms are those of the parts of these widths, summed. Their gradient, g_j W_dec[j] / |W_dec[j]| in
+    every part, is added to the reconstruction's where that lies; alone it would be one more tensor of the decoder's size.
+    At a zero row it is zero.
 
     >>> y, norms = decode_and_norms(SparseCodes.from_dense(torch.tensor([[0.0, 2.0]])), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     >>> y.tolist(), norms.tolist()
     ([[0.0, 2.0]], [5.0, 1.0])
     """
-    return cast("tuple[Tensor, Tensor]", _DecodeAndNorms.apply(codes.values, W_dec, codes))
+    return cast(
+        "tuple[Tensor, Tensor]", _DecodeAndNorms.apply(codes.values, W_dec, codes, tuple(sizes or W_dec.shape[1:]))
+    )
 
 
 def decode_prefixes(codes: SparseCodes, W_dec: Tensor, widths: Sequence[int]) -> Tensor:
@@ -74,7 +77,7 @@ class _DecodeDense(torch.autograd.Function):
         values_RF, W_dec = ctx.saved_tensors
         grad_RO = cast("Tensor", grads[0])
         grad_values = grad_RO @ W_dec.t() if ctx.needs_input_grad[0] else None
-        grad_W = weight_gradient(values_RF, grad_RO, W_dec, ctx.sum) if ctx.needs_input_grad[1] else None
+        grad_W = weight_gradient(values_RF, grad_RO, ctx.sum) if ctx.needs_input_grad[1] else None
         return grad_values, None if ctx.sum else grad_W
 
 
@@ -99,10 +102,11 @@ class _DecodeEntries(torch.autograd.Function):
 
 class _DecodeAndNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-        norms_F = torch.linalg.vector_norm(W_dec, dim=-1)
-        ctx.save_for_backward(values, W_dec, norms_F)
-        ctx.codes = codes.detach()
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        norms_SF = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in W_dec.split(sizes, dim=-1)])
+        norms_F = norms_SF.sum(0)
+        ctx.save_for_backward(values, W_dec, norms_SF)
+        ctx.codes, ctx.sizes = codes.detach(), sizes
         ctx.sum = open_sum(W_dec) if isinstance(codes, DenseCodes) else None
         if isinstance(codes, DenseCodes):
             return values @ W_dec, norms_F
@@ -110,7 +114,7 @@ class _DecodeAndNorms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        values, W_dec, norms_F = ctx.saved_tensors
+        values, W_dec, norms_SF = ctx.saved_tensors
         codes = cast("Codes", ctx.codes)
         grad_RO, grad_F = cast("tuple[Tensor, Tensor]", grads)
         grad_values = grad_W = None
@@ -121,12 +125,13 @@ class _DecodeAndNorms(torch.autograd.Function):
                 grad_values = entry_dots(grad_RO, W_dec, codes.latent_major()).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if isinstance(codes, DenseCodes):
-                grad_W = weight_gradient(values, grad_RO, W_dec, ctx.sum)
+                grad_W = weight_gradient(values, grad_RO, ctx.sum)
             else:
                 grad_W = latent_bags(values, codes.latent_major(), grad_RO)
-            factor_F = torch.where(norms_F > 0, grad_F / norms_F, 0.0)
-            grad_W = grad_W.addcmul_(W_dec, factor_F.unsqueeze(-1))
-        return grad_values, None if ctx.sum else grad_W, None
+            parts = zip(grad_W.split(ctx.sizes, dim=-1), W_dec.split(ctx.sizes, dim=-1), norms_SF, strict=True)
+            for grad_part, W_part, norms_F in parts:
+                grad_part.addcmul_(W_part, torch.where(norms_F > 0, grad_F / norms_F, 0.0).unsqueeze(-1))
+        return grad_values, None if ctx.sum else grad_W, None, None
 
 
 class _DecodePrefixes(torch.autograd.Function):

@@ -1,17 +1,16 @@
-"""Encode: pre-activations ``(x - centre) W_enc + b_enc``, of which only selected entries are ever kept.
+"""Encode: pre-activations ``(x - centre) W^T + b``, of which only selected entries are ever kept.
 
 The product is the one part of a step whose cost is rows x d_in x d_sae. It runs in row chunks, each chunk is handed to a
 selection, and what the selection leaves is all that exists afterwards: memory follows the number of active latents.
 
 The backward pass is sparse too. With g the gradient of the kept pre-activations,
 
-    dW_enc[:, j] = sum over entries e of latent j of  g_e (x[row e] - centre)      a weighted bag in latent-major order
-    db_enc[j]    = sum over entries e of latent j of  g_e
-    dcentre      = - W_enc db_enc                                                  summed over rows before the product
-    dx[i]        = sum over entries e of row i of     g_e W_enc[:, latent e]       only when somebody asks for it
+    dW[j]    = sum over entries e of latent j of  g_e (x[row e] - centre)      a weighted bag in latent-major order
+    db[j]    = sum over entries e of latent j of  g_e
+    dcentre  = - db W                                                          summed over rows before the product
+    dx[i]    = sum over entries e of row i of     g_e W[latent e]              only when somebody asks for it
 
-`W_enc` has shape (d_in, d_sae) as everywhere in the field, but is best stored latent-major (see `latent_major_parameter`),
-so that the column of a latent is contiguous; nothing but speed depends on it.
+The encoder is latent-major here, (d_sae, d_in), the transpose of the field's W_enc: the weights of a latent lie together.
 """
 
 # R rows, D d_in, F d_sae, E entries
@@ -21,7 +20,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_core.codes import SparseCodes
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
@@ -29,27 +28,21 @@ from sae_core.ops.gradient_sums import open_sum, weight_gradient
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Selection
 
-__all__ = ["encode_dense", "encode_entries", "latent_major_parameter"]
-
+__all__ = ["encode_dense", "encode_entries"]
 
 _CAST_ROWS = 1024
 
 
-def latent_major_parameter(d_in: int, d_sae: int, **kwargs: Any) -> nn.Parameter:
-    """An uninitialised (d_in, d_sae) parameter whose columns, one a latent, are contiguous in memory."""
-    return nn.Parameter(torch.empty(d_sae, d_in, **kwargs).t())
-
-
-def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
     """All pre-activations, (rows, d_sae), for small widths and dense codes; differentiable in all four tensors."""
-    return cast("Tensor", _EncodeDense.apply(x_RD, centre_D, W_enc, b_enc))
+    return cast("Tensor", _EncodeDense.apply(x_RD, centre_D, W_FD, b_F))
 
 
 def encode_entries(
     x_RD: Tensor,
     centre_D: Tensor | None,
-    W_enc: Tensor,
-    b_enc: Tensor,
+    W_FD: Tensor,
+    b_F: Tensor,
     selection: Selection,
     *,
     product_dtype: torch.dtype | None = None,
@@ -60,7 +53,7 @@ def encode_entries(
     for; these are recomputed in full precision, and the selection is made among them by their exact values.
     """
     selected: list[SparseCodes] = []
-    values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_enc, b_enc, selection, product_dtype, selected))
+    values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_FD, b_F, selection, product_dtype, selected))
     return selected[0].with_values(values)
 
 
@@ -68,26 +61,26 @@ class _EncodeDense(torch.autograd.Function):
     """The product alone, with the gradients above for all entries: the centre's needs no product of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, centre_D: Tensor | None, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
         centred = x_RD if centre_D is None else x_RD - centre_D
-        ctx.save_for_backward(centred, W_enc)
-        ctx.sum = open_sum(W_enc)
-        return torch.addmm(b_enc, centred, W_enc)
+        ctx.save_for_backward(centred, W_FD)
+        ctx.sum = open_sum(W_FD)
+        return torch.addmm(b_F, centred, W_FD.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_RF = cast("Tensor", grads[0])
-        centred, W_enc = ctx.saved_tensors
+        centred, W_FD = ctx.saved_tensors
         needs_x, needs_centre, needs_W, needs_b = ctx.needs_input_grad
         grad_x = grad_centre = grad_W = grad_b = None
         if needs_W:
-            grad_W = weight_gradient(centred, grad_RF, W_enc, ctx.sum)
+            grad_W = weight_gradient(grad_RF, centred, ctx.sum)
         if needs_b or needs_centre:
             grad_b = grad_RF.sum(0)
         if needs_centre and grad_b is not None:
-            grad_centre = -(W_enc @ grad_b)
+            grad_centre = -(grad_b @ W_FD)
         if needs_x:
-            grad_x = grad_RF @ W_enc.t()
+            grad_x = grad_RF @ W_FD
         return grad_x, grad_centre, None if ctx.sum else grad_W, grad_b
 
 
@@ -97,21 +90,21 @@ class _EncodeEntries(torch.autograd.Function):
         ctx: Any,
         x_RD: Tensor,
         centre_D: Tensor | None,
-        W_enc: Tensor,
-        b_enc: Tensor,
+        W_FD: Tensor,
+        b_F: Tensor,
         selection: Selection,
         product_dtype: torch.dtype | None,
         selected: list[SparseCodes],
     ) -> Tensor:
         centred = x_RD if centre_D is None else x_RD - centre_D
-        if product_dtype is None or product_dtype == W_enc.dtype:
-            codes = selection(EncoderProduct(centred, W_enc, b_enc))
+        if product_dtype is None or product_dtype == W_FD.dtype:
+            codes = selection(EncoderProduct(centred, W_FD, b_F))
         else:
-            product = EncoderProduct(centred, *_scaled(W_enc, b_enc, selection.scale, product_dtype))
+            product = EncoderProduct(centred, *_scaled(W_FD, b_F, selection.scale, product_dtype))
             codes = selection.generous()(product)
-            exact = entry_dots(centred, W_enc.t(), codes.latent_major()) + b_enc[codes.indices]
+            exact = entry_dots(centred, W_FD, codes.latent_major()) + b_F[codes.indices]
             codes = selection.refine(codes.with_values(exact))
-        ctx.save_for_backward(centred, W_enc)
+        ctx.save_for_backward(centred, W_FD)
         ctx.codes = codes  # shared with the caller, so that encoder and decoder sort the entries once between them
         selected.append(codes)
         return codes.values
@@ -119,29 +112,29 @@ class _EncodeEntries(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_values = cast("Tensor", grads[0])
-        centred, W_enc = ctx.saved_tensors
+        centred, W_FD = ctx.saved_tensors
         codes = cast("SparseCodes", ctx.codes)
         needs_x, needs_centre, needs_W, needs_b, *_rest = ctx.needs_input_grad
         grad_x = grad_centre = grad_W = grad_b = None
         if needs_W:
-            grad_W = latent_bags(grad_values, codes.latent_major(), centred).t()
+            grad_W = latent_bags(grad_values, codes.latent_major(), centred)
         if needs_b or needs_centre:
-            grad_b = torch.zeros(W_enc.shape[1], dtype=grad_values.dtype, device=grad_values.device)
+            grad_b = torch.zeros(W_FD.shape[0], dtype=grad_values.dtype, device=grad_values.device)
             grad_b.index_add_(0, codes.indices, grad_values)
         if needs_centre and grad_b is not None:
-            grad_centre = -(W_enc @ grad_b)
+            grad_centre = -(grad_b @ W_FD)
         if needs_x:
-            grad_x = row_bags(grad_values, codes.indices, codes.row_offsets(), W_enc.t())
+            grad_x = row_bags(grad_values, codes.indices, codes.row_offsets(), W_FD)
         return grad_x, grad_centre, grad_W, grad_b, None, None, None
 
 
-def _scaled(W_enc: Tensor, b_enc: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scaled(W_FD: Tensor, b_F: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Encoder weights and biases times `scale` (d_sae,), in `dtype`; no copy in full precision is made on the way."""
     if scale is None:
-        return W_enc.to(dtype), b_enc.to(dtype)
-    W_FD = torch.empty(W_enc.shape[::-1], dtype=dtype, device=W_enc.device)
+        return W_FD.to(dtype), b_F.to(dtype)
+    scaled = torch.empty_like(W_FD, dtype=dtype)
     for out, rows, factors in zip(
-        W_FD.split(_CAST_ROWS), W_enc.t().split(_CAST_ROWS), scale.unsqueeze(-1).split(_CAST_ROWS), strict=True
+        scaled.split(_CAST_ROWS), W_FD.split(_CAST_ROWS), scale.unsqueeze(-1).split(_CAST_ROWS), strict=True
     ):
         out.copy_(rows * factors)
-    return W_FD.t(), (b_enc * scale).to(dtype)
+    return scaled, (b_F * scale).to(dtype)

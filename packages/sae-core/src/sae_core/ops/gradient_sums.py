@@ -18,10 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
-
-from sae_core.ops.memory import borrow
 
 __all__ = ["GradientSum", "open_sum", "summed", "weight_gradient"]
 
@@ -29,7 +26,7 @@ __all__ = ["GradientSum", "open_sum", "summed", "weight_gradient"]
 @final
 @dataclass(eq=False)
 class GradientSum:
-    """The sum so far of a weight's gradients, of its shape and layout; None before the first."""
+    """The sum so far of a weight's gradients; None before the first."""
 
     weight: Tensor
     total: Tensor | None = None
@@ -54,13 +51,11 @@ def open_sum(weight: Tensor) -> GradientSum | None:
     return next((entry for entry in _open.get() if entry.weight is weight), None)
 
 
-def weight_gradient(a_RN: Tensor, b_RM: Tensor, weight_NM: Tensor, into: GradientSum | None) -> Tensor:
-    """``a^T b``, laid out as the weight, in memory that was given back if there is some; or all of `into`, once added there."""
-    if into is not None and into.total is not None:
-        return into.total.addmm_(a_RN.t(), b_RM)
-    n, m = weight_NM.shape
-    out = borrow((n, m), weight_NM) if weight_NM.is_contiguous() else borrow((m, n), weight_NM).t()
-    torch.mm(a_RN.t(), b_RM, out=out)
-    if into is not None:
-        into.total = out
-    return out
+def weight_gradient(a_RN: Tensor, b_RM: Tensor, into: GradientSum | None) -> Tensor:
+    """``a^T b``, the weight's (N, M) gradient; or all of `into`, once added there."""
+    if into is None:
+        return a_RN.t() @ b_RM
+    if into.total is None:
+        into.total = a_RN.t() @ b_RM
+        return into.total
+    return into.total.addmm_(a_RN.t(), b_RM)

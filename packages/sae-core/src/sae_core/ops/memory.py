@@ -1,45 +1,54 @@
-"""Large memory that one step hands on to the next.
+"""Large memory that one training step leaves to the next.
 
-On a CPU, fresh memory costs more than filling it: the kernel maps and clears every page on first touch, which for a
-gradient of 50 MB takes longer than computing it. So whoever is done with a large tensor may give it back, and the next
-result of that size is written there. Nothing is ever handed out twice at a time, and nothing is kept beyond `_LIMIT_BYTES`.
-Accelerators have such an allocator already; there, all of this does nothing.
+On a CPU, fresh memory costs more than filling it: glibc returns every large block to the kernel as soon as it is free, and
+the kernel maps and clears every page of the next one on first touch, which for a gradient of 50 MB takes longer than
+computing it. While `large_memory_is_kept`, glibc keeps what is freed and hands it out again. Nothing else changes: tensors
+belong to those who hold them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import ctypes
+import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 
-from torch import Tensor
+__all__ = ["large_memory_is_kept"]
 
-__all__ = ["borrow", "forget", "give_back"]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536  # mallopt(3)
+_KEEP = 2**31 - 1
 
-_LIMIT_BYTES = 2 * 2**30
-_WORTHWHILE_BYTES = 2**20
-
-_spare: list[Tensor] = []
-
-
-def borrow(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor with the dtype and device of `like`, in memory that was given back if some has this size."""
-    numel = math.prod(shape)
-    for position, tensor in enumerate(_spare):
-        if tensor.numel() == numel and tensor.dtype == like.dtype and tensor.device == like.device:
-            return _spare.pop(position).view(*shape)
-    return like.new_empty(*shape)
+_open = 0
 
 
-def give_back(tensor: Tensor) -> None:
-    """Let the memory of `tensor`, which nobody may use any more, be used again."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or not whole or tensor.numel() * tensor.element_size() < _WORTHWHILE_BYTES:
+@contextmanager
+def large_memory_is_kept() -> Generator[None]:
+    """Inside, freed memory stays with this process; afterwards it goes back to the system. Does nothing without glibc."""
+    global _open
+    libc = _glibc()
+    if libc is None:
+        yield
         return
-    _spare.append(tensor.detach().as_strided((tensor.numel(),), (1,), 0))
-    while sum(spare.numel() * spare.element_size() for spare in _spare) > _LIMIT_BYTES:
-        _spare.pop(0)
+    _open += 1
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEEP)
+    try:
+        yield
+    finally:
+        _open -= 1
+        if not _open:
+            libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
+            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
+            libc.malloc_trim(0)
 
 
-def forget() -> None:
-    """Return all spare memory to the system."""
-    _spare.clear()
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc's."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows knows no library without a name
+        return None
+    known = all(hasattr(libc, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim"))
+    return libc if known else None  # macOS and musl have none of them

@@ -13,8 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sae_core.ops.memory import give_back
-
 __all__ = ["with_own_rows"]
 
 
@@ -52,5 +50,4 @@ class _WithOwnRows(torch.autograd.Function):
         if grad_FD is None:
             grad_FD = grad_ND.new_zeros(ctx.shape)
         grad_FD.index_add_(0, rows_N, grad_ND)
-        give_back(grad_ND)
         return grad_FD, None

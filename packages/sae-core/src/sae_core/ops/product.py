@@ -1,4 +1,4 @@
-"""The encoder product ``centred W_enc + b_enc``, handed out in blocks of rows so that it never exists as a whole.
+"""The encoder product ``centred W^T + b``, handed out in blocks of rows so that it never exists as a whole.
 
 It is the one part of a step whose cost is rows x d_in x d_sae. Every block is written into the same memory: a block is
 valid until the next one is asked for.
@@ -14,8 +14,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from sae_core.ops.memory import borrow, give_back
-
 __all__ = ["EncoderProduct"]
 
 # Smaller blocks slow the matrix product down, larger ones only take more memory.
@@ -24,24 +22,21 @@ _BLOCK_ENTRIES = 8 * 2**20
 
 @final
 class EncoderProduct:
-    """Pre-activations (rows, d_sae) of `centred` (rows, d_in), computed block by block in W_enc's dtype."""
+    """Pre-activations (rows, d_sae) of `centred` (rows, d_in), computed block by block in W_FD's dtype."""
 
-    def __init__(self, centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
-        self.centred, self.W_enc, self.b_enc = centred.to(W_enc.dtype), W_enc, b_enc
-        self.rows, self.d_sae = centred.shape[0], W_enc.shape[1]
+    def __init__(self, centred: Tensor, W_FD: Tensor, b_F: Tensor) -> None:
+        self.centred, self.W_FD, self.b_F = centred.to(W_FD.dtype), W_FD, b_F
+        self.rows, self.d_sae = centred.shape[0], W_FD.shape[0]
         most = max(1, _BLOCK_ENTRIES // self.d_sae)
         blocks = max(1, -(-self.rows // most))
         self.rows_per_block = max(1, -(-self.rows // blocks))
 
     def blocks(self) -> Iterator[Tensor]:
         """All blocks (R, d_sae) in row order; each one overwrites the one before."""
-        memory = borrow((self.rows_per_block, self.d_sae), self.centred)
-        try:
-            for chunk in self.centred.split(self.rows_per_block):
-                yield torch.addmm(self.b_enc, chunk, self.W_enc, out=memory[: chunk.shape[0]])
-        finally:
-            give_back(memory)
+        memory = self.centred.new_empty(self.rows_per_block, self.d_sae)
+        for chunk in self.centred.split(self.rows_per_block):
+            yield torch.addmm(self.b_F, chunk, self.W_FD.t(), out=memory[: chunk.shape[0]])
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The pre-activations (R, d_sae) of the rows with these indices, computed anew."""
-        return torch.addmm(self.b_enc, self.centred[rows], self.W_enc)
+        return torch.addmm(self.b_F, self.centred[rows], self.W_FD.t())

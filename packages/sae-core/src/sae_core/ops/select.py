@@ -56,7 +56,7 @@ class Selection(Protocol):
 class TopK:
     """The k largest entries of every row, ranked by ``pre * scale`` (scale (d_sae,), say decoder norms) when given.
 
-    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]]), torch.zeros(3))
+    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]]).T, torch.zeros(3))
     >>> TopK(k=1)(pre).indices.tolist()
     [1, 0]
     """
@@ -79,7 +79,7 @@ class TopK:
 class AbsTopK:
     """The k entries of every row that are largest in absolute value, ranked by ``|pre| * scale`` when given; signs stay.
 
-    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, -3.0, 2.0], [0.5, -0.2, 0.0]]), torch.zeros(3))
+    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, -3.0, 2.0], [0.5, -0.2, 0.0]]).T, torch.zeros(3))
     >>> AbsTopK(k=1)(pre).values.tolist()
     [-3.0, 0.5]
     """
@@ -104,7 +104,7 @@ class GroupMax:
 
     Cheaper than a top-k, since it is one pass (EleutherAI's sparsify introduced it). Ranked by ``pre * scale`` when given.
 
-    >>> pre = EncoderProduct(torch.ones(1, 1), torch.tensor([[1.0, 3.0, 2.0, -1.0]]), torch.zeros(4))
+    >>> pre = EncoderProduct(torch.ones(1, 1), torch.tensor([[1.0, 3.0, 2.0, -1.0]]).T, torch.zeros(4))
     >>> GroupMax(k=2)(pre).indices.tolist()
     [1, 2]
     """
@@ -137,7 +137,7 @@ class GroupMax:
 class Above:
     """All entries strictly above `threshold`, a number or (d_sae,); rows of any length.
 
-    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, -3.0, 2.0], [0.0, -1.0, -2.0]]), torch.zeros(3))
+    >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, -3.0, 2.0], [0.0, -1.0, -2.0]]).T, torch.zeros(3))
     >>> Above(0.0)(pre).indices.tolist()
     [0, 2]
     """

@@ -443,7 +443,7 @@ def check_saving_normalised(subject: Subject) -> None:
             sae = subject.new(normalize_activations=name)
         except ConfigError:
             continue
-        sae.normalization.fit([batch_for(sae)])
+        sae.fit_normalization(pairs_for(sae))
         train(sae, steps=12)
         _check_saved(sae.eval(), f"normalize_activations {name}: ")
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from sae_core.config import unstructure
-from sae_core.protocols import ActivationSource, HasMetadata
+from sae_core.protocols import ActivationSource, HasMetadata, HasTargets
 from sae_core.sae import SAE
 from sae_core.training.config import TrainConfig
 
@@ -28,13 +28,14 @@ MAY_CHANGE = (
 
 
 def source_facts(source: object) -> dict[str, Any]:
-    """The source as data: its class, its config, its width, and what it says about itself."""
+    """The source as data: its class, its config, its sites, and what it says about itself."""
     facts: dict[str, Any] = {"class": f"{type(source).__module__}.{type(source).__qualname__}"}
     config = getattr(source, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         facts["config"] = unstructure(absolute_paths(config))
     if isinstance(source, ActivationSource):
-        facts["d_in"] = source.d_in
+        facts["sites"] = dict(source.sites)
+        facts["target_sites"] = dict(source.target_sites) if isinstance(source, HasTargets) else {}
     if isinstance(source, HasMetadata):
         facts["metadata"] = _plain(source.metadata())
     if isinstance(source, Sequence) and not isinstance(source, str):

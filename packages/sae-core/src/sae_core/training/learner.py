@@ -17,13 +17,14 @@ from torch import Tensor
 
 from sae_core.config import structure, unstructure
 from sae_core.data.stream import Batch, rows_of
+from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext, StepOutput
 from sae_core.training import row_blocks
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.monitor import DeadLatents, Window, check_batch
-from sae_core.training.optimizer import clipped_step, contiguous_views, drop_gradients
+from sae_core.training.optimizer import clipped_step
 from sae_core.training.schedules import learning_rate_factor
 
 __all__ = ["DivergedError", "Learner", "Record", "geometric_median"]
@@ -41,21 +42,20 @@ class DivergedError(DataError):
 
 @final
 class Learner:
-    """One dictionary in training: `sae`, its `config`, `optimizer`, `samples` and `steps` done, `history` of records."""
+    """One dictionary in training: `sae`, its `config`, `optimizer`, `samples` and `steps` done, `history` of records.
 
-    def __init__(self, sae: SAE, config: TrainConfig) -> None:
+    `wiring` takes of the stream's batches what this dictionary reads and predicts; None: batches are its own.
+    """
+
+    def __init__(self, sae: SAE, config: TrainConfig, wiring: Wiring | None = None) -> None:
         self.sae = sae
         self.config = config
+        self._wiring = wiring
         self.samples = 0
         self.steps = 0
         self.history: list[Record] = []
-        _store_latent_major(sae)
-        self._parameters = contiguous_views(sae.parameters())
         self.optimizer = torch.optim.Adam(
-            [contiguous for _, contiguous in self._parameters],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            fused=True,
+            sae.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
         )
         self.window = Window(sae.d_out, sae.d_sae, sae.device)
         self.dead = DeadLatents(sae.d_sae, samples_of(config.dead_after_samples, config.total_samples), sae.device)
@@ -75,20 +75,21 @@ class Learner:
     @property
     def looks_ahead(self) -> bool:
         """Whether `initialise` wants to see the first samples."""
-        return not self.sae.normalization.fitted or self._wants_b_dec
+        targets = self.sae.target_normalization
+        fitted = self.sae.normalization.fitted and (targets is None or targets.fitted)
+        return not fitted or self._wants_b_dec
 
     def initialise(self, first: Sequence[Batch]) -> None:
         """Start b_dec and the normalisation from the first batches, which are trained on afterwards."""
-        rows: list[Tensor] = []
+        placed: list[ActivationBatch] = []
         seen = 0
         for batch in first:
             if seen >= self.config.init_samples:
                 break
-            inputs = self._placed(batch, seen).inputs.reshape(-1, self.sae.d_in)
-            rows.append(inputs.to(self.sae.dtype))
-            seen += inputs.shape[0]
-        if rows:
-            _start_from(self.sae, torch.cat(rows), self.config.init_b_dec if self._wants_b_dec else "zeros")
+            placed.append(self._placed(batch, seen))
+            seen += rows_of(placed[-1], self.sae.d_in)
+        if placed:
+            _start_from(self.sae, _joined(placed, self.sae), self.config.init_b_dec if self._wants_b_dec else "zeros")
 
     # Steps.
 
@@ -103,10 +104,10 @@ class Learner:
         context = self._context(self._dead_indices)
         rows = rows_of(placed, self.sae.d_in)
         self._set_learning_rate(rows)
-        drop_gradients(self._parameters)
+        self.optimizer.zero_grad(set_to_none=True)
         output = row_blocks.training_step(self.sae, placed, context)
         output.loss.backward()
-        clipped_step(self.optimizer, self._parameters, self.config.grad_clip_norm)
+        clipped_step(self.optimizer, self.config.grad_clip_norm)
         self.sae.after_step()
         self.window.add(output)
         self.dead.add(output)
@@ -148,10 +149,8 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""
-        names = [name for name, _ in self.sae.named_parameters()]
         moments = {
-            name: dict(self.optimizer.state.get(view.contiguous, {}))
-            for name, view in zip(names, self._parameters, strict=True)
+            name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.sae.named_parameters()
         }
         return {
             "architecture": self.sae.architecture,
@@ -178,11 +177,11 @@ class Learner:
         self.sae.metadata = dict(state["metadata"])
         self._load_weights(state["weights"])
         device = self.sae.device
-        for (name, _), view in zip(self.sae.named_parameters(), self._parameters, strict=True):
+        for name, parameter in self.sae.named_parameters():
             moments = state["optimizer"].get(name, {})
             if moments:  # the count of steps keeps its type, the others have the parameter's
-                self.optimizer.state[view.contiguous] = {
-                    key: value.to(device, view.contiguous.dtype if value.dim() else value.dtype)
+                self.optimizer.state[parameter] = {
+                    key: value.to(device, parameter.dtype if value.dim() else value.dtype)
                     for key, value in moments.items()
                 }
         self.window.load_state_dict(state["window"])
@@ -209,7 +208,7 @@ class Learner:
 
     @property
     def _wants_b_dec(self) -> bool:
-        return self.config.init_b_dec != "zeros" and self.sae.reconstructs_input and self.steps == 0
+        return self.config.init_b_dec != "zeros" and self.steps == 0
 
     def _context(self, dead: Tensor | None) -> StepContext:
         return StepContext(
@@ -245,6 +244,7 @@ class Learner:
         """The batch on the SAE's device, checked, and no longer than what is left to train on."""
         if not isinstance(batch, ActivationBatch):
             batch = ActivationBatch(batch)
+        batch = batch if self._wiring is None else self._wiring(batch)
         start = self.samples if first_sample is None else first_sample
         where = f"step {self.steps}" if first_sample is None else "initialisation"
         inputs = self._checked(batch.inputs, self.sae.d_in, start, f"{where}, samples from {start}: inputs")
@@ -313,13 +313,26 @@ def _error(output: StepOutput) -> Tensor:
 
 
 @torch.no_grad()
-def _start_from(sae: SAE, x_RD: Tensor, b_dec: Literal["zeros", "mean", "geometric_median"]) -> None:
-    """Fit the normalisation to rows unless it is fitted, and put b_dec in their middle unless it stays at zero."""
-    if not sae.normalization.fitted:
-        sae.normalization.fit([x_RD])
-    if b_dec != "zeros":
-        z_RD = sae.prepare(x_RD).z
-        sae.b_dec.copy_(geometric_median(z_RD) if b_dec == "geometric_median" else z_RD.mean(0))
+def _start_from(sae: SAE, batch: ActivationBatch, centre: Literal["zeros", "mean", "geometric_median"]) -> None:
+    """Fit the normalisations to a batch unless they are, and start biases in the middle of what is to be reconstructed."""
+    sae.fit_normalization(batch)
+    if centre != "zeros":
+        prepared = sae.prepare(batch.inputs)
+        y_RO = prepared.z if sae.reconstructs_input else sae.target_rows(prepared, batch.targets)
+        sae.start_at(geometric_median(y_RO) if centre == "geometric_median" else y_RO.mean(0))
+
+
+def _joined(batches: Sequence[ActivationBatch], sae: SAE) -> ActivationBatch:
+    """All rows of several batches as one; where sequences are read, all sequences."""
+
+    def rows(parts: Sequence[Tensor], width: int) -> Tensor:
+        positions = parts[0].shape[-2:-1] if sae.reads_sequences else ()
+        return torch.cat([part.reshape(-1, *positions, width).to(sae.dtype) for part in parts])
+
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return ActivationBatch(
+        rows([batch.inputs for batch in batches], sae.d_in), rows(targets, sae.d_out) if targets else None
+    )
 
 
 @torch.no_grad()
@@ -338,11 +351,3 @@ def geometric_median(x_RD: Tensor, iterations: int = 50, tolerance: float = 1e-6
             return moved
         centre = moved
     return centre
-
-
-@torch.no_grad()
-def _store_latent_major(sae: SAE) -> None:
-    """Give encoders the memory layout in which a latent's column is contiguous; values do not change."""
-    for name, parameter in sae.named_parameters():
-        if name == "W_enc" and not parameter.t().is_contiguous():
-            parameter.data = parameter.data.t().contiguous().t()

@@ -25,8 +25,9 @@ import torch
 
 from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, Stream, rows_of
-from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError, ShapeError
-from sae_core.ops import memory
+from sae_core.data.wiring import Wiring
+from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError
+from sae_core.ops.memory import large_memory_is_kept
 from sae_core.plugins import PluginWarning
 from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
 from sae_core.sae import SAE, StepOutput, create
@@ -101,17 +102,16 @@ class Trainer:
         require(len(named) > 0, "there is no SAE to train")
         configs = {name: config if isinstance(config, TrainConfig) else _of_name(config, name) for name in named}
         self._shared = _shared_settings(configs)
-        for name, sae in named.items():
-            if isinstance(source, ActivationSource) and source.d_in != sae.d_in:
-                raise ShapeError(
-                    f"{_quoted(name)}the source gives activations of width {source.d_in}, the SAE has d_in {sae.d_in}"
-                )
+        wirings = {
+            name: Wiring.between(sae, source, _quoted(name)) if isinstance(source, ActivationSource) else None
+            for name, sae in named.items()
+        }
         self.source = source
         self.callbacks = list(callbacks)
         self.loggers = {
             name: list(_of_name(loggers, name) if isinstance(loggers, Mapping) else loggers) for name in named
         }
-        self.learners = {name: Learner(sae, configs[name]) for name, sae in named.items()}
+        self.learners = {name: Learner(sae, configs[name], wirings[name]) for name, sae in named.items()}
         self.dropped: dict[str, str] = {}
         self._initial = {
             name: {"architecture": sae.architecture, **unstructure(sae.config)} for name, sae in named.items()
@@ -215,7 +215,7 @@ class Trainer:
         started = time.perf_counter()
         self._stop = False
         try:
-            with self._progress_bar() as bar:
+            with large_memory_is_kept(), self._progress_bar() as bar:
                 self._initialise(bar)
                 self._loop(bar)
             if not self._stop:  # a run that goes on later has no record here
@@ -369,7 +369,7 @@ class Trainer:
         if not waiting:
             return
         most = max(each.config.init_samples for each in waiting)
-        width = waiting[0].sae.d_in
+        width = sum(self.source.sites.values()) if isinstance(self.source, ActivationSource) else waiting[0].sae.d_in
 
         def enough(batches: Sequence[Batch]) -> bool:
             rows = sum(rows_of(batch, width) for batch in batches)
@@ -462,7 +462,6 @@ class Trainer:
         self._ended = not self._stop
         for learner in self.learners.values():
             learner.sae.eval()
-        memory.forget()
         if self._ended:
             self.close()
 

@@ -212,7 +212,6 @@ def _joined(
     same = list(chosen) == list(range(outputs)) if only is None else True
     if not same:
         config["d_out"] = d_out
-        architecture = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[architecture]
     return assemble(architecture, config, tensors, facts.metadata(metadata), bag)
 
 

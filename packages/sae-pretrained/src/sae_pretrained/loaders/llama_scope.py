@@ -121,6 +121,4 @@ class LlamaScopeLoader:
             "context_size": 1024,
             "prepend_bos": True,
         }
-        return assemble(
-            "jumprelu_transcoder" if transcodes else "jumprelu", config, tensors, facts.metadata(found), bag
-        )
+        return assemble("jumprelu", config, tensors, facts.metadata(found), bag)

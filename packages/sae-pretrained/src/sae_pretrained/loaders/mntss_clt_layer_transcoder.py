@@ -88,11 +88,11 @@ class MntssCLTLayerLoader:
             "b_enc": encoder.take(f"b_enc_{n}", "d_sae"),
             "b_dec": encoder.take(f"b_dec_{n}", "d_out"),
         }
-        architecture = "transcoder"
+        architecture = "standard"
         if encoder.has(f"threshold_{n}"):
             name = f"threshold_{n}"
             tensors["threshold"] = not_negative(encoder.take(name, "d_sae"), f"{encoder.where}: tensor {name!r}")
-            architecture = "jumprelu_transcoder"
+            architecture = "jumprelu"
         decoder = safetensors_bag(source, f"W_dec_{n}.safetensors", sizes=encoder.sizes, rows=rows, weights=weights)
         written = decoder.take(f"W_dec_{n}", "d_sae layers d_out")
         target, tensors["W_dec"] = _view(written, int(n), facts, decoder)

@@ -74,15 +74,15 @@ class MwhannaTranscoderLoader:
         }
         config: dict[str, Any] = {key: bag.sizes[key] for key in ("d_in", "d_out", "d_sae")}
         config["apply_b_dec_to_input"] = False
-        architecture = "transcoder"
+        architecture = "standard"
         if bag.has("W_skip"):
             tensors["W_skip"] = bag.take("W_skip", "d_out d_in")
-            architecture = "skip_transcoder"
+            config["skip"] = True
         if bag.has("activation_function.threshold"):
             name = "activation_function.threshold"
             threshold = bag.take(name, "d_sae" if bag.ndim(name) == 1 else "1 d_sae")
             tensors["threshold"] = not_negative(threshold.reshape(-1), f"{bag.where}: tensor {name!r}")
-            architecture = f"jumprelu_{architecture}"
+            architecture = "jumprelu"
         elif bag.has("k"):
             if not facts.get("drop_negative_latents", bool, False):
                 raise FormatError(
@@ -90,8 +90,8 @@ class MwhannaTranscoderLoader:
                     "ours makes those zero; the fact drop_negative_latents=True accepts that"
                 )
             k = bag.number("k")
-            config["k"] = int(k or 0)
-            architecture = f"topk_{architecture}"
+            config |= {"k": int(k or 0), "rescale_acts_by_decoder_norm": False}
+            architecture = "topk"
         layer = layer_of(folder)
         metadata = {
             "model_name": found.get("model_name"),

@@ -110,10 +110,7 @@ class OpenMOSSLoader:
         stored = norm_tensors(bag, hook_in, hook_out, d)
         fields, tensors = _normalised(norm, stored, transcodes, bag, tensors)
         if transcodes:
-            architecture = {"standard": "transcoder"}.get(architecture, f"{architecture}_transcoder")
             extra["d_out"] = d
-            if extra.pop("rescale_acts_by_decoder_norm", False):
-                raise FormatError(f"{settings.where}: TopK transcoders here rank by pre-activations alone")
         found = {"hook_name": hook_in, "hook_name_out": hook_out if transcodes else None}
         config = {"d_in": d, "d_sae": sizes["d_sae"], "apply_b_dec_to_input": False, **extra, **fields}
         return assemble(architecture, config, tensors, facts.metadata(found), bag)

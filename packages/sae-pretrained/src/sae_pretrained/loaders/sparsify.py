@@ -89,8 +89,6 @@ class SparsifyLoader:
         config.finish(facts.ignore_keys)
         if signed and (activation != "topk" or transcodes or skips):
             raise FormatError(f"{config.where}: signed latents are known of plain top-k SAEs only")
-        if activation == "groupmax" and (transcodes or skips):
-            raise FormatError(f"{config.where}: a groupmax transcoder is not an architecture that we have")
 
         sizes = {"d_in": d_in, "d_sae": d_sae}
         bag = safetensors_bag(source, join(folder, "sae.safetensors"), sizes=sizes, rows=rows, weights=weights)
@@ -112,9 +110,10 @@ class SparsifyLoader:
             tensors["b_enc"] = (tensors["b_enc"].double() - shift_F).to(tensors["b_enc"].dtype)
             subtracts = False
         _decode_as_stored(bag, tensors, scaled, end)
-        architecture, extra = _architecture(activation, signed, transcodes or skips, skips, k, subtracts)
+        extra: dict[str, Any] = {"k": k, "apply_b_dec_to_input": subtracts, "rescale_acts_by_decoder_norm": False}
         if transcodes or skips:
-            extra["d_out"] = bag.sizes["d_out" if transcodes else "d_in"]
+            extra |= {"d_out": bag.sizes["d_out" if transcodes else "d_in"], "skip": skips}
+        architecture = "abstopk" if signed else activation
         metadata = facts.metadata(_metadata(source, folder, transcodes))
         return assemble(architecture, {**sizes, **extra}, tensors, metadata, bag)
 
@@ -157,18 +156,6 @@ def _decode_as_stored(bag: TensorBag, tensors: dict[str, Tensor], scaled: bool, 
     into, out = bag.sizes["d_in"] ** 0.5 / norm_in, norm_out / tensors["b_dec"].shape[0] ** 0.5
     factors = {"W_enc": into, "W_dec": out, "b_dec": out, "W_skip": into * out}
     tensors.update({name: times(tensor, factors[name]) for name, tensor in tensors.items() if name in factors})
-
-
-def _architecture(
-    activation: str, signed: bool, transcodes: bool, skips: bool, k: int, subtracts: bool
-) -> tuple[str, dict[str, Any]]:
-    extra: dict[str, Any] = {"k": k, "apply_b_dec_to_input": subtracts}
-    if transcodes:
-        return ("topk_skip_transcoder" if skips else "topk_transcoder"), extra
-    extra["rescale_acts_by_decoder_norm"] = False
-    if activation == "groupmax":
-        return "groupmax", extra
-    return ("abstopk" if signed else "topk"), extra
 
 
 def _metadata(source: FileSource, folder: str, transcodes: bool) -> dict[str, Any]:

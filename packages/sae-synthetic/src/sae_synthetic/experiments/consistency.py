@@ -55,7 +55,7 @@ def run(settings: Settings) -> ExperimentResult:
                     lr=LEARNING_RATE,
                     lr_decay_samples=samples // 2,
                     dead_after_samples=POINTS,
-                ).W_dec.detach()
+                ).directions()
                 for seed in range(settings.seeds)
             ]
     scores = {

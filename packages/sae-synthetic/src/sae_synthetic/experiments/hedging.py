@@ -51,7 +51,7 @@ def run(settings: Settings) -> ExperimentResult:
                 lr=LEARNING_RATE,
                 lr_decay_samples=samples // 2,
             )
-            leans[name].append(cosine_similarities(sae.W_dec.detach(), features.feature_vectors.detach())[0].tolist())
+            leans[name].append(cosine_similarities(sae.directions(), features.feature_vectors.detach())[0].tolist())
             saes.setdefault(name, sae)
     cosines = cosine_similarities(random_dictionary(1, WIDTH), features.feature_vectors.detach().cpu())
     leans["random direction"] = cosines.tolist()
@@ -79,7 +79,7 @@ def run(settings: Settings) -> ExperimentResult:
         figures=[
             (
                 "Decoder",
-                partial(plot_similarity, {k: sae.W_dec.detach() for k, sae in saes.items()}, features.feature_vectors),
+                partial(plot_similarity, {k: sae.directions() for k, sae in saes.items()}, features.feature_vectors),
             )
         ],
         seconds=runs.seconds,

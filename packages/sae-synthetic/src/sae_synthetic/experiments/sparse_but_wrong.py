@@ -134,7 +134,7 @@ def run(settings: Settings) -> ExperimentResult:
             *(
                 (
                     f"Decoder with k {name}",
-                    partial(plot_similarity, {f"k {name}": kept[name].W_dec}, features.feature_vectors),
+                    partial(plot_similarity, {f"k {name}": kept[name].directions()}, features.feature_vectors),
                 )
                 for name in ("5", "11", "18", "20 to 11")
             ),
@@ -167,7 +167,7 @@ def _scores(sae: SAE, k: int, features: FeatureDictionary, generator: Activation
     least = truth.flatten().topk(k * len(truth)).values[-1]  # the true features, cut as BatchTopK would cut them
     cut = features(torch.where(truth >= least, truth, 0.0))
     vectors = features.feature_vectors
-    directions = torch.nn.functional.normalize(sae.W_dec, dim=1)
+    directions = torch.nn.functional.normalize(sae.directions(), dim=1)
     away = directions @ vectors[0]
     away = away[(directions @ vectors.T).abs().argmax(dim=1) != 0]  # latents that stand for another feature
     return {

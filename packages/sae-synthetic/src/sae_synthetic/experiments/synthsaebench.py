@@ -128,7 +128,7 @@ def run_mini(settings: Settings) -> ExperimentResult:
                 dead_after_samples=500_000,
             )
             found[name].append(_scores(sae, world))
-            kept.setdefault(name, sae.W_dec.detach())
+            kept.setdefault(name, sae.directions())
     found["untrained"] = [_baseline(found["batchtopk"])]
     f1 = {name: _mean([r.classification.f1_score for r in results]) for name, results in found.items()}
     variance = {name: _mean([r.explained_variance for r in results]) for name, results in found.items()}
@@ -182,7 +182,7 @@ def run_full(settings: Settings) -> ExperimentResult:
                 dead_after_samples=1_000_000,
             )
             found[name].append(_scores(sae, world))
-            kept.setdefault(name, sae.W_dec.detach())
+            kept.setdefault(name, sae.directions())
     found["untrained"] = [_baseline(found["as published"])]
     f1 = {name: _mean([r.classification.f1_score for r in results]) for name, results in found.items()}
     mcc = {name: _mean([r.mcc for r in results]) for name, results in found.items()}

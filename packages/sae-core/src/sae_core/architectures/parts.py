@@ -1,29 +1,24 @@
-"""Parts that architectures are composed of: initialisation, losses, latents in units of decoder norms, plain export."""
+"""Parts that architectures are composed of: initialisation, losses, the auxiliary loss of dead latents, units of latents."""
 
 # R rows, D d_in, F d_sae, O d_out
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sae_core.codes import Codes, SparseCodes
-from sae_core.folding import fold_decoder_norm, fold_normalization
 from sae_core.ops.decode import decode
 from sae_core.ops.encode import encode_entries
 from sae_core.ops.own_rows import with_own_rows
 from sae_core.ops.select import Selection, TopK
-from sae_core.sae import SAE, Export, SAEConfig
 
 __all__ = [
     "DeadLatents",
     "auxiliary_loss",
-    "export_rescaled",
-    "export_tensors",
     "init_decoder",
     "kaiming_rows",
     "squared_error",
@@ -57,30 +52,30 @@ def squared_error(y_RO: Tensor, target_RO: Tensor) -> Tensor:
 
 
 class DeadLatents(NamedTuple):
-    """The dead latents: their indices (n_dead,) and their part of the weights, (d_in, n_dead), (n_dead,), (n_dead, d_out)."""
+    """The dead latents: their indices (n_dead,) and their part of the weights, (n_dead, d_in), (n_dead,), (n_dead, d_out)."""
 
     indices: Tensor
-    W_enc: Tensor
+    encoder: Tensor
     b_enc: Tensor
     W_dec: Tensor
 
     def where(self, mask: Tensor) -> DeadLatents:
         """Those for which `mask` (n_dead,) holds."""
-        return DeadLatents(self.indices[mask], self.W_enc.t()[mask].t(), self.b_enc[mask], self.W_dec[mask])
+        return DeadLatents(self.indices[mask], self.encoder[mask], self.b_enc[mask], self.W_dec[mask])
 
 
 def with_dead(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor | None
+    encoder: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor | None
 ) -> tuple[Tensor, Tensor, DeadLatents | None]:
-    """`W_enc` and `W_dec` for the main path of a step, and the dead latents for its auxiliary loss, if there are any.
+    """`encoder` and `W_dec` for the main path of a step, and the dead latents for its auxiliary loss, if there are any.
 
     Gradients of the dead latents are added to those of the main path, which must use what is returned here.
     """
     if dead is None or dead.numel() == 0:
-        return W_enc, W_dec, None
-    W_enc_FD, dead_enc = with_own_rows(W_enc.t(), dead)
+        return encoder, W_dec, None
+    encoder, dead_enc = with_own_rows(encoder, dead)
     W_dec, dead_dec = with_own_rows(W_dec, dead)
-    return W_enc_FD.t(), W_dec, DeadLatents(dead, dead_enc.t(), b_enc[dead], dead_dec)
+    return encoder, W_dec, DeadLatents(dead, dead_enc, b_enc[dead], dead_dec)
 
 
 def auxiliary_loss(
@@ -101,7 +96,7 @@ def auxiliary_loss(
     """
     n_dead = dead.indices.numel()
     chosen = selection(min(k_aux, n_dead), None if scale is None else scale[dead.indices])
-    codes = encode_entries(z_RD, centre_D, dead.W_enc, dead.b_enc, chosen)
+    codes = encode_entries(z_RD, centre_D, dead.encoder, dead.b_enc, chosen)
     return min(n_dead / k_aux, 1.0) * squared_error(decode(codes, dead.W_dec), residual_RO.detach())
 
 
@@ -115,32 +110,3 @@ def without_norms(codes: SomeCodes, norms: Tensor | None) -> SomeCodes:
     if norms is None:
         return codes
     return codes.with_values(codes.values / codes.per_latent(torch.where(norms > 0, norms, 1.0)))
-
-
-def export_tensors(
-    sae: SAE, config: SAEConfig, tensors: dict[str, Tensor] | None = None, architecture: str | None = None
-) -> Export:
-    """The inference form of an SAE whose state is its parameters: normalisation folded in where it is a fixed map."""
-    if tensors is None:
-        tensors = {name: parameter.detach() for name, parameter in sae.named_parameters()}
-    if sae.normalization.folds:
-        tensors = fold_normalization(
-            tensors,
-            sae.normalization,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
-            undo_on_output=sae.reconstructs_input,
-        )
-        config = dataclasses.replace(config, normalize_activations="none", activation_normalization_factor=1.0)
-    return Export(architecture or sae.architecture, config, tensors)
-
-
-def export_rescaled(sae: SAE[Any], config: Any, *, architecture: str | None = None, **changes: Any) -> Export:
-    """The inference form of an SAE with a field `rescale_acts_by_decoder_norm`: where it is set, with unit decoder rows.
-
-    Latents are the same as before, and readers need not rescale. `changes` are further fields of the config.
-    """
-    tensors = {name: parameter.detach() for name, parameter in sae.named_parameters()}
-    if config.rescale_acts_by_decoder_norm:
-        tensors = fold_decoder_norm(tensors)
-        changes["rescale_acts_by_decoder_norm"] = False
-    return export_tensors(sae, dataclasses.replace(config, **changes), tensors, architecture)

@@ -1,0 +1,65 @@
+"""What an SAE says it is in files, checked before anything is written: whoever loads it must be able to.
+
+An export names an architecture, its config and tensors. That architecture, made of that config, must ask for exactly these
+tensors in these shapes, and need nothing that files do not hold. An SAE that cannot be saved is thus known before training
+starts, not when it has ended.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from sae_core.config import structure, unstructure
+from sae_core.errors import FormatError
+from sae_core.plugins import get_registry
+from sae_core.sae import SAE, Export
+
+__all__ = ["check_export", "exported"]
+
+
+def exported(sae: SAE) -> Export:
+    """``sae.export()``, checked. Raises FormatError that says what is wrong with it."""
+    made = sae.export()
+    if not isinstance(made, Export):
+        raise FormatError(f"{sae.architecture}: export() must return an Export, not {type(made).__name__}")
+    check_export(made, by=sae)
+    return made
+
+
+def check_export(made: Export, *, by: SAE) -> None:
+    """Raise FormatError unless what `by` exports can be loaded again as what it says it is."""
+    who = f"{by.architecture}: export() gives architecture {made.architecture!r}"
+    registry = get_registry()
+    if made.architecture == by.architecture:
+        sae_class = type(by)
+    else:
+        sae_class = cast("type[SAE]", registry.resolve("architecture", made.architecture))
+    if not isinstance(made.config, sae_class.config_class):
+        raise FormatError(
+            f"{who} with a {type(made.config).__name__}, which is not its {sae_class.config_class.__name__}"
+        )
+    if structure(unstructure(made.config), sae_class.config_class) != made.config:
+        raise FormatError(f"{who} with a config that is another one when it is read back")
+    with torch.device("meta"):
+        empty = sae_class(made.config)
+    if empty.normalization.learns:
+        raise FormatError(
+            f"{who} with normalize_activations: {made.config.normalize_activations!r}, whose statistics files do not hold; "
+            "fold it into the weights, or keep it as a factor (SAE.kept_as_factor)"
+        )
+    wanted = {
+        empty.axis(name).file or name: tensor.shape[::-1] if empty.axis(name).file else tensor.shape
+        for name, tensor in empty.tensors().items()
+    }
+    given = {name: tensor.shape for name, tensor in made.tensors.items()}
+    for name in sorted({*wanted, *given}):
+        if name not in given:
+            raise FormatError(f"{who} without its tensor {name!r}")
+        if name not in wanted:
+            raise FormatError(f"{who} with a tensor {name!r} that is not one of it (it has: {', '.join(wanted)})")
+        if given[name] != wanted[name]:
+            raise FormatError(
+                f"{who} with {name!r} of shape {tuple(given[name])}, but its config asks for {tuple(wanted[name])}"
+            )
