@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,14 +221,9 @@ def test_an_unknown_format_name_lists_the_known(saved: Path) -> None:
 
 
 def test_an_architecture_that_is_not_installed_names_the_package_to_install(saved: Path) -> None:
-    edit_config(
-        saved,
-        architecture="cubic",
-        metadata={
-            "sae_lens_version": "6.28.0",
-            "sae_core": {"provider": {"distribution": "sae-cubic", "version": "0.3"}},
-        },
-    )
+    metadata = json.loads((saved / "cfg.json").read_text())["metadata"]
+    metadata["sae_core"]["provider"] = {"distribution": "sae-cubic", "version": "0.3"}
+    edit_config(saved, architecture="cubic", metadata=metadata)
     with pytest.raises(UnknownNameError, match=r"provided by sae-cubic 0\.3, which is not installed.*pip install"):
         SAE.load(saved)
 
@@ -275,49 +266,9 @@ def test_saving_into_a_folder_with_other_files_leaves_those_alone(tmp_path: Path
 
 def test_an_unwritable_place_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    with pytest.raises(OSError, match="plain"):
+    with pytest.raises(FormatError, match=r"cannot be written: .*a file where a folder must be.*; choose another path"):
         create("topk", d_in=6, d_sae=12, k=3).save(tmp_path / "plain" / "sae")
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
-
-
-KILLED = """
-import os, signal, sys
-import sae_core.format.write as write
-from pathlib import Path
-from sae_core import create
-
-stop_after, calls = int(sys.argv[2]), 0
-def counted(real):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls > stop_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-for name in ("replace", "rename", "unlink"):
-    setattr(Path, name, counted(getattr(Path, name)))
-create("topk", d_in=6, d_sae=12, k=3, seed=2).save(sys.argv[1])
-"""
-
-
-@pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize("stop_after", [0, 1, 2])
-def test_a_killed_save_leaves_the_old_sae_the_new_one_or_plainly_none(
-    tmp_path: Path, stop_after: int, existing: bool
-) -> None:
-    folder = tmp_path / "sae"
-    old, new = (create("topk", d_in=6, d_sae=12, k=3, seed=seed)(X) for seed in (1, 2))
-    if existing:
-        create("topk", d_in=6, d_sae=12, k=3, seed=1).save(folder)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(stop_after)], check=False, env={**os.environ})
-    assert done.returncode == -signal.SIGKILL or (not existing and stop_after == 2 and done.returncode == 0)
-    if (folder / "cfg.json").exists():
-        found = SAE.load(folder)(X)
-        assert any(torch.allclose(found, one, atol=1e-6) for one in (old, new))
-    else:
-        with pytest.raises(FormatError, match=r"no known format|no such file"):
-            SAE.load(folder)
 
 
 def test_the_scale_of_an_expected_average_file_is_asked_for_not_guessed(saved: Path) -> None:

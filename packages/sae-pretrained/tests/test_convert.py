@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +273,17 @@ def test_the_original_library_computes_the_same_from_what_is_written(to: str, tm
     assert done.returncode == 0, done.stderr[-2000:]
     for case, values in expected.items():
         assert_same(load_file(tmp_path / case / "said.safetensors"), values)
+
+
+@pytest.mark.parametrize("case", ["dictionary_learning/autoencoder", "sparsify/sae"])
+def test_saving_over_the_folder_that_was_loaded_is_refused_where_that_would_destroy_it(case: str, tmp_path: Path):
+    folder = Path(shutil.copytree(Path(__file__).parent / "golden" / case, tmp_path / "loaded"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sae = SAE.load(folder)
+    with pytest.raises(FormatError, match="not saved: it holds"):
+        sae.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sae.save(folder, overwrite=True)
+    again = SAE.load(folder, format="sae_lens")
+    x = torch.randn(5, sae.d_in, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(x), sae(x))

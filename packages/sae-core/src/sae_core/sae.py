@@ -537,14 +537,16 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         }
         return dataclasses.replace(self.config, **changes)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the inference form as a folder that other tools can read: cfg.json and sae_weights.safetensors.
 
-        The folder appears complete or not at all; an existing one is replaced. Returns its path.
+        The folder appears complete or not at all. An SAE of this format that is there already is replaced in one step, and
+        other files in the folder stay; an SAE of another format, or somebody's cfg.json, is refused with FormatError unless
+        `overwrite`. Returns the path.
         """
         from sae_core.format.write import save_sae
 
-        return save_sae(self, Path(path))
+        return save_sae(self, Path(path), overwrite=overwrite)
 
     @staticmethod
     def load(

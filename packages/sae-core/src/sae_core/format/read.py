@@ -18,12 +18,13 @@ from sae_core.config import structure
 from sae_core.errors import ConfigError, FormatError
 from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
+from sae_core.format.trouble import trouble
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
 from sae_core.sae import SAE, as_device, as_dtype
 
-__all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae"]
+__all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae", "recognised"]
 
 
 @runtime_checkable
@@ -45,7 +46,9 @@ def load_sae(
     rows: Sequence[int] | None = None,
 ) -> SAE:
     """Load from a local folder, or a file where a format is a single file."""
-    if path.is_file():
+    with trouble(path, "reading"):
+        single = path.is_file()
+    if single:
         source, folder = LocalFiles(path.parent), path.name
     else:
         source, folder = LocalFiles(path), ""
@@ -82,22 +85,8 @@ def read_sae(
 
 def find_loader(source: FileSource, folder: str = "") -> str:
     """The one loader that recognises the files; FormatError lists what was tried when none or several do."""
-    registry = get_registry()
-    known = registry.contributions("loader")
-    found: list[str] = []
     hints: list[str] = []
-    for contribution in known:
-        try:
-            loader = cast("Loader", registry.resolve("loader", contribution.qualified)())
-            fits = loader.matches(source, folder)
-            if not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
-                hints.append(hint)
-        except Exception as error:  # noqa: BLE001 - a broken loader must not keep the formats of the others from being read
-            message = f"loader {contribution.qualified} could not be asked about {source.location}: {one_line(error)}"
-            warnings.warn(message, PluginWarning, stacklevel=2)
-            continue
-        if fits:
-            found.append(contribution.qualified)
+    found = recognised(source, folder, hints)
     if len(found) == 1:
         return found[0]
     place = f"{source.location}/{folder}".rstrip("/")
@@ -108,10 +97,27 @@ def find_loader(source: FileSource, folder: str = "") -> str:
         raise FormatError(
             f"{place}: nothing here says which library wrote it; if you know, load with {', or '.join(hints)}"
         )
-    raise FormatError(
-        f"{place}: no known format (looked for: {', '.join(c.spec.name for c in known)}); "
-        f"it holds: {', '.join(here) or 'no files'}"
-    )
+    known = ", ".join(contribution.spec.name for contribution in get_registry().contributions("loader"))
+    raise FormatError(f"{place}: no known format (looked for: {known}); it holds: {', '.join(here) or 'no files'}")
+
+
+def recognised(source: FileSource, folder: str = "", hints: list[str] | None = None) -> list[str]:
+    """The names of all loaders that recognise the files; what others would need goes into `hints`."""
+    registry = get_registry()
+    found: list[str] = []
+    for contribution in registry.contributions("loader"):
+        try:
+            loader = cast("Loader", registry.resolve("loader", contribution.qualified)())
+            fits = loader.matches(source, folder)
+            if hints is not None and not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
+                hints.append(hint)
+        except Exception as error:  # noqa: BLE001 - a broken loader must not keep the formats of the others from being read
+            message = f"loader {contribution.qualified} could not be asked about {source.location}: {one_line(error)}"
+            warnings.warn(message, PluginWarning, stacklevel=2)
+            continue
+        if fits:
+            found.append(contribution.qualified)
+    return found
 
 
 def build_sae(

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 from sae_core.errors import ConfigError, FormatError, UnknownNameError, did_you_mean
 from sae_core.format.facts import METADATA_FACTS, known_facts
-from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, read_json, read_safetensors
+from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, read_json
+from sae_core.format.pair import read_pair
 from sae_core.format.sae_lens_names import from_sae_lens
 from sae_core.protocols import FileSource, LoadedSAE
 
@@ -102,7 +103,11 @@ class SaeLensLoader:
     ) -> LoadedSAE:
         """Config, metadata and tensors of the folder."""
         where = f"{source.location}/{join(folder, CONFIG_FILE)}"
-        cfg = read_json(source, join(folder, CONFIG_FILE))
+        tensors: dict[str, Tensor] = {}
+        if weights:
+            cfg, tensors = read_pair(source, folder)
+        else:
+            cfg = read_json(source, join(folder, CONFIG_FILE))
         metadata = cfg.pop("metadata", None) or {}
         if not isinstance(metadata, Mapping):
             raise FormatError(f"{where}: 'metadata' must be an object, found {type(metadata).__name__}")
@@ -128,9 +133,7 @@ class SaeLensLoader:
         config = _sort(cfg, architecture, metadata, fields, where)
         if architecture == written:
             config = {**{key: value for key, value in _DEFAULTS.items() if key in fields}, **config}
-        tensors: dict[str, Tensor] = {}
         if weights:
-            tensors = read_safetensors(source.path(join(folder, WEIGHTS_FILE)))
             _upgrade_tensors(tensors, sae_class, f"{source.location}/{join(folder, WEIGHTS_FILE)}")
         if rows is not None:
             _take_rows(tensors, config, rows, sae_class, where)

@@ -1,18 +1,22 @@
-"""From an SAE to files: the inference form, written so that it appears complete or not at all.
+"""From an SAE to files: the inference form, written so that it is there whole or not at all.
 
 A new folder is written under a temporary name beside its place and renamed. In a folder that exists already, a run's for
-example, both files are first written and synced under temporary names; then the old cfg.json goes, the new weights come,
-the new cfg.json comes. Interrupted anywhere, the folder holds the old SAE, the new one, or plainly none; never a mixture.
+example, weights and config are replaced one after the other, and know each other (`sae_core.format.pair`): whoever comes in
+between finds the old SAE or the new one, never a mixture, and the user's other files stay. What is there and is not an SAE
+of this format is not overwritten unless the caller says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +25,87 @@ from torch import Tensor
 from sae_core.config import default_of, unstructure
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
-from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, LocalFiles
+from sae_core.format.pair import locked, named_by, read_claim, settle, sign, temporary_name
+from sae_core.format.plain import plain
+from sae_core.format.read import recognised
 from sae_core.format.sae_lens_names import to_sae_lens
+from sae_core.format.trouble import trouble
 from sae_core.plugins import get_registry
 from sae_core.sae import SAE, Export, SAEConfig
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
 
 FORMAT_VERSION = 1
+_ABANDONED = 60.0  # seconds without a change after which a temporary folder that nobody has locked is left behind
 _SAE_LENS_LAYOUT = "6.28.0"  # readers take a file without this version for one of the flat configs before 6.0
 
 
-def save_sae(sae: SAE, path: Path) -> Path:
-    """Write `sae` in inference form to the folder `path`."""
+def save_sae(sae: SAE, path: Path, *, overwrite: bool = False) -> Path:
+    """Write `sae` in inference form to the folder `path`; `overwrite` replaces files that are not an SAE of this format."""
     exported = checked_export(sae)
-    cfg = json.dumps(inference_config(sae, exported), indent=2, ensure_ascii=False) + "\n"
+    cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in exported.tensors.items()}
     _check_finite(tensors, path)
-    if path.exists() and not path.is_dir():
-        raise FormatError(f"{path}: cannot save an SAE there, it is a file; give a folder")
-    if path.is_dir():
-        _write_into(path, cfg, tensors)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with trouble(path, "writing"):
+        if path.exists() and not path.is_dir():
+            raise FormatError(f"{path}: cannot save an SAE there, it is a file; give a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            _sweep_folders(path)
+            if _write_new(path, cfg, tensors):
+                return path
+        with locked(path):
+            settle(path)
+            if not overwrite:
+                _refuse_strangers(path)
+            _write_into(path, cfg, tensors)
+    return path
+
+
+def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Make the folder; False when somebody else made one in the meantime."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}."[:200], suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())
-        _write_into(temporary, cfg, tensors)
-        temporary.rename(path)
+        with locked(temporary):  # so that nobody sweeps it
+            temporary.chmod(0o777 & ~_umask())
+            _write_into(temporary, cfg, tensors)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if path.is_dir():
+                    return False
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
-    return path
+    return True
+
+
+def _sweep_folders(path: Path) -> None:
+    """Remove what interrupted saves of this folder left beside it, unless somebody is at work in it."""
+    with suppress(OSError):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if left.is_dir() and time.time() - left.stat().st_mtime > _ABANDONED:
+                with locked(left, wait=False) as held:
+                    if held:
+                        shutil.rmtree(left, ignore_errors=True)
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raise FormatError when writing our two files would destroy or hide something else."""
+    advice = "choose another folder, or pass overwrite=True"
+    config, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
+    if config.exists() and not weights.exists():
+        raise FormatError(f"{path}: not saved: it holds a {CONFIG_FILE} that is not that of an SAE; {advice}")
+    if weights.exists() and not config.exists() and read_claim(weights) is None:
+        raise FormatError(f"{path}: not saved: it holds a {WEIGHTS_FILE} of another kind; {advice}")
+    others = [name for name in recognised(LocalFiles(path)) if name.rpartition(":")[2] != "sae_lens"]
+    if others:
+        raise FormatError(
+            f"{path}: not saved: it holds files of the format {', '.join(others)}, beside which neither could be recognised; "
+            f"{advice} (and load it with format='sae_lens')"
+        )
 
 
 def inference_config(sae: SAE, exported: Export) -> dict[str, Any]:
@@ -87,29 +140,35 @@ def _inference_fields(config: SAEConfig) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, and rename it into place."""
-    temporary = _temporary(path.parent, path.name)
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    """Let `write` fill a temporary file beside `path`, sync it, and rename it into place.
+
+    Raises FormatError when the system refuses; what was at `path` is then still there.
+    """
+    with trouble(path, "writing"):
+        temporary = _temporary(path.parent, path.name)
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
-def _write_into(folder: Path, cfg: str, tensors: dict[str, Tensor]) -> None:
+def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     try:
-        save_file(tensors, weights)
-        config.write_text(cfg, encoding="utf-8")
+        save_file(tensors, weights, metadata=sign(cfg, tensors))
+        claim = read_claim(weights)
+        assert claim is not None
+        text = json.dumps(named_by(cfg, claim), indent=2, ensure_ascii=False, allow_nan=False)
+        config.write_text(text + "\n", encoding="utf-8")
         for path in (weights, config):
             _sync(path)
             path.chmod(0o666 & ~_umask())
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
     finally:
@@ -119,7 +178,8 @@ def _write_into(folder: Path, cfg: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _temporary(folder: Path, name: str) -> Path:
-    handle, path = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    prefix, suffix = temporary_name(name)
+    handle, path = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
     os.close(handle)
     return Path(path)
 

@@ -1,0 +1,249 @@
+"""Weights and config that know each other, so that two files change as one.
+
+No file system replaces two files at once. So each says which other one it belongs to: the header of sae_weights.safetensors
+holds a digest of the config and a checksum of every tensor, and cfg.json a digest of that header. Whoever finds the weights
+of one save beside the config of another sees it, and finds the missing config under its temporary name:
+
+    write both under temporary names, sync      -> the old SAE
+    rename the weights into place               -> a mixture that everybody recognises; the new config is at hand
+    rename the config into place                -> the new SAE
+
+A reader that meets the middle takes the config from its temporary name, and finishes the step if the saver is gone. Savers
+take turns by a lock on the folder, where the system has one. Files of other writers say nothing of each other and are read
+as they are; so is a config that was edited by hand, as long as it still names its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import time
+import zlib
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from sae_core.errors import FormatError
+from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, parse_json, read_json, read_safetensors
+from sae_core.format.trouble import trouble
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sae_core.protocols import FileSource
+
+__all__ = [
+    "Claim",
+    "checksum_problem",
+    "locked",
+    "named_by",
+    "read_claim",
+    "read_pair",
+    "settle",
+    "sign",
+    "temporary_name",
+]
+
+_KEY = "sae_core"  # one key: the library writes several in any order, and saving twice must give the same bytes
+_LEFT_BEHIND = re.compile(r"\.(?:cfg\.json|sae_weights\.safetensors)\.[A-Za-z0-9_]{8}(?:\.tmp)?")
+_WAITS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds; a saver needs less between its two renames
+_STALE = 24 * 3600.0  # seconds after which a temporary file is nobody's, where there are no locks
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What weights say of themselves: the digest of their header, that of their config, and a CRC-32 for each tensor."""
+
+    header: str
+    config: str
+    sums: Mapping[str, int]
+
+
+def sign(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The ``__metadata__`` of weights that belong to `cfg`; tensors are contiguous and on the CPU."""
+    sums = {name: _crc32(tensor) for name, tensor in sorted(tensors.items())}
+    return {_KEY: json.dumps({"config": _digest(cfg), "crc32": sums}, sort_keys=True)}
+
+
+def named_by(cfg: Mapping[str, Any], claim: Claim) -> dict[str, Any]:
+    """`cfg` with the digest of its weights in it."""
+    metadata = dict(cfg["metadata"])
+    metadata["sae_core"] = {**metadata["sae_core"], "weights": claim.header}
+    return {**cfg, "metadata": metadata}
+
+
+def read_claim(path: Path) -> Claim | None:
+    """What the weights file says, or None when another writer made it. Raises FormatError when it has no header."""
+    with trouble(path, "reading"), path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= path.stat().st_size - 8:
+            return None  # not safetensors; whoever reads the tensors says so
+        header = start + file.read(length)
+    try:
+        said = json.loads(json.loads(header[8:])["__metadata__"][_KEY])
+        sums = {str(name): int(value) for name, value in said["crc32"].items()}
+        return Claim(hashlib.sha256(header).hexdigest(), str(said["config"]), sums)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def read_pair(source: FileSource, folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of one save. Raises FormatError when the two files belong to different SAEs."""
+    alone = False
+    for wait in _WAITS:
+        time.sleep(wait)
+        cfg = read_json(source, join(folder, CONFIG_FILE))
+        path = source.path(join(folder, WEIGHTS_FILE))
+        before = _identity(path)
+        claim = read_claim(path)
+        if claim is not None and not _belongs(cfg, claim):
+            cfg = next((found for _, found in _pending(path.parent) if _belongs(found, claim)), None)
+            settled = _settle_if_alone(path.parent)
+            if cfg is None and alone:
+                break  # nobody is at work here, and looking twice has not helped
+            alone = settled
+            if cfg is None:
+                continue
+        tensors = read_safetensors(path)
+        if _identity(path) == before:  # else the file was replaced while its tensors were read one by one
+            return cfg, tensors
+    where = f"{source.location}/{folder}".rstrip("/")
+    claim = read_claim(source.path(join(folder, WEIGHTS_FILE)))
+    raise FormatError(
+        f"{where}: {CONFIG_FILE} and {WEIGHTS_FILE} belong to different SAEs, as after copying one of them alone; copy both "
+        "from one place again. If you wrote this config yourself, let it say so: metadata.sae_core.weights = "
+        f"{claim.header if claim else ''!r}"
+    )
+
+
+def settle(folder: Path) -> None:
+    """Finish an interrupted save, or undo it, and sweep what it left behind; call it with the folder `locked`."""
+    weights = folder / WEIGHTS_FILE
+    claim = read_claim(weights) if weights.is_file() else None
+    if claim is not None and not _belongs(_parsed(folder / CONFIG_FILE) or {}, claim):
+        for path, cfg in _pending(folder):
+            if _belongs(cfg, claim):
+                path.replace(folder / CONFIG_FILE)
+                break
+    for path in folder.iterdir():
+        if _LEFT_BEHIND.fullmatch(path.name) and (_can_lock() or _age(path) > _STALE):
+            path.unlink(missing_ok=True)
+
+
+def _settle_if_alone(folder: Path) -> bool:
+    """Finish what an interrupted save left, unless a saver is at work; gives whether nobody is."""
+    with suppress(OSError, FormatError), locked(folder, wait=False) as held:
+        if held:
+            settle(folder)
+            return True
+    return False
+
+
+def temporary_name(name: str) -> tuple[str, str]:
+    """Prefix and suffix of the temporary names of a file, as `settle` knows them."""
+    return f".{name}.", ".tmp"
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
+    """Hold the folder's lock, so that savers take turns; gives whether it is held. Without locks everybody holds it."""
+    if not _can_lock():
+        yield True
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
+def checksum_problem(path: Path) -> str | None:
+    """What is wrong with the tensors of a weights file, by the checksums in it; None if nothing, or if it holds none."""
+    claim = read_claim(path)
+    if claim is None:
+        return None
+    tensors = read_safetensors(path)
+    for name, expected in claim.sums.items():
+        if name not in tensors:
+            return f"tensor {name!r} is missing"
+        if _crc32(tensors.pop(name).contiguous()) != expected:
+            return f"tensor {name!r} has changed since it was saved (CRC-32)"
+    return None
+
+
+def _belongs(cfg: Mapping[str, Any], claim: Claim) -> bool:
+    """Whether `cfg` names these weights, or is exactly what they were saved with."""
+    if not isinstance(cfg.get("metadata", {}), Mapping):
+        return True  # no config at all, which is for its reader to say
+    named = _weights_named(cfg)
+    return named == claim.header or (named is None and _digest(cfg) == claim.config)
+
+
+def _weights_named(cfg: Mapping[str, Any]) -> str | None:
+    metadata = cfg.get("metadata")
+    ours = cast("Mapping[str, Any]", metadata).get("sae_core") if isinstance(metadata, Mapping) else None
+    named = cast("Mapping[str, Any]", ours).get("weights") if isinstance(ours, Mapping) else None
+    return named if isinstance(named, str) else None
+
+
+def _digest(cfg: Mapping[str, Any]) -> str:
+    """SHA-256 of a config without what it says of its weights, however its keys are ordered and spaced."""
+    metadata = cfg.get("metadata")
+    if _weights_named(cfg) is not None:
+        kept = dict(cast("Mapping[str, Any]", metadata))
+        kept["sae_core"] = {key: value for key, value in kept["sae_core"].items() if key != "weights"}
+        cfg = {**cfg, "metadata": kept}
+    text = json.dumps(cfg, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _crc32(tensor: Tensor) -> int:
+    import torch
+
+    return zlib.crc32(cast("Any", tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+
+
+def _pending(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
+    """Configs that are complete but not in their place yet."""
+    with suppress(OSError):
+        for path in sorted(folder.glob(f".{CONFIG_FILE}.*")):
+            if _LEFT_BEHIND.fullmatch(path.name) and (cfg := _parsed(path)) is not None:
+                yield path, cfg
+
+
+def _parsed(path: Path) -> dict[str, Any] | None:
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError, FormatError):
+        return None
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    with trouble(path, "reading"):
+        found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _age(path: Path) -> float:
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
+
+
+def _can_lock() -> bool:
+    return os.name == "posix"
