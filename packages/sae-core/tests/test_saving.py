@@ -17,7 +17,7 @@ import pytest
 import torch
 from sae_core import SAE, create
 from sae_core.errors import FormatError
-from sae_core.format.pair import checksum_problem
+from sae_core.format.pair import tensor_problem
 from safetensors.torch import load_file, save_file
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
@@ -263,11 +263,11 @@ def test_metadata_of_any_plain_kind_are_written_and_others_named(tmp_path: Path)
 def test_one_flipped_bit_in_any_tensor_is_found_by_its_checksum(tmp_path: Path) -> None:
     folder = topk(1).save(tmp_path / "sae")
     weights = folder / "sae_weights.safetensors"
-    assert checksum_problem(weights) is None
+    assert tensor_problem(weights) is None
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    problem = checksum_problem(weights)
+    problem = tensor_problem(weights)
     assert problem is not None
     assert "has changed since it was saved" in problem
 

@@ -80,7 +80,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         f"dataset_average_activation_norm.{HOOK}": torch.tensor(5.0),
     }
     save_file(openmoss, folders[2] / "sae_weights.safetensors")
-    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": "jumprelu", "hook_point_in": HOOK}
+    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": "jumprelu"}
+    config |= {"hook_point_in": HOOK, "hook_point_out": HOOK}
     (folders[2] / "config.json").write_text(json.dumps(config))
     return folders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_verify_checks_the_cached_copy_of_a_release(capsys: pytest.CaptureFixtur
 
 
 def test_verify_names_what_is_wrong_with_a_local_folder(capsys: pytest.CaptureFixture[str], saved: Path):
-    assert "no checksum is recorded for this copy" in run(capsys, "verify", str(saved))
+    assert "every tensor has the checksum it was saved with: 4 tensors" in run(capsys, "verify", str(saved))
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(saved / "sae_weights.safetensors")
@@ -264,6 +265,47 @@ def test_verify_names_what_is_wrong_with_a_local_folder(capsys: pytest.CaptureFi
     save_file(tensors, saved / "sae_weights.safetensors")
     message = refused(capsys, "verify", str(saved))
     assert "'W_dec' holds 1 values that are NaN or infinite" in message
+    tensors["W_dec"][3, 1] = 0.0
+    save_file(tensors, saved / "sae_weights.safetensors")  # as another library would
+    assert "whether its numbers are those that were saved is unchecked" in run(capsys, "verify", str(saved))
+
+
+def test_verify_finds_one_changed_bit_by_what_save_wrote(capsys: pytest.CaptureFixture[str], saved: Path):
+    weights = saved / "sae_weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    assert "has changed since it was saved (CRC-32)" in refused(capsys, "verify", str(saved))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("{config}  cfg.json\n", "it has no checksum of sae_weights.safetensors, from which this SAE was read"),
+        ("{config}  cfg.json\n{weights}  ../sae_weights.safetensors\n", "is not a relative path inside its folder"),
+        ("{config}  cfg.json\n{weights}  gone\n", "it names 'gone', which is not in this folder"),
+        ("{config} cfg.json", "line 1 is"),
+    ],
+)
+def test_verify_says_what_is_wrong_with_a_list_of_checksums(
+    capsys: pytest.CaptureFixture[str], saved: Path, lines: str, said: str
+):
+    sums = {"config": saved / "cfg.json", "weights": saved / "sae_weights.safetensors"}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sums.items()}
+    (saved / "SHA256SUMS").write_text(lines.format(**hashes))
+    assert said in refused(capsys, "verify", str(saved))
+
+
+def test_verify_knows_a_list_of_checksums_of_an_earlier_save(
+    capsys: pytest.CaptureFixture[str], published: Any, tmp_path: Path
+):
+    run(capsys, "download", RELEASE, ID, "--output", str(tmp_path / "copy"))
+    sae = SAE.load(tmp_path / "copy")
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    sae.save(tmp_path / "copy")
+    message = refused(capsys, "verify", str(tmp_path / "copy"))
+    assert "SHA256SUMS is of an earlier save; write it again, or delete it" in message
 
 
 # --- upload ---

@@ -7,12 +7,16 @@ its loader, which refuses missing, left over, misshapen and non-finite tensors, 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from sae_core.errors import FormatError
+from sae_core.format.files import inside
+from sae_core.format.pair import read_claim, tensor_problem
+from sae_core.format.trouble import trouble
 from sae_core.protocols import FileSource
 
 from sae_pretrained.transfer import checksum_problem
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKSUMS_FILE", "RecordingSource", "Verified", "blob_findings", "sha256_of", "try_out", "verify_path"]
 
 CHECKSUMS_FILE = "SHA256SUMS"
+_SUMS_LINE = re.compile(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>\S.*)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +78,21 @@ def verify_path(path: Path, format: str | None = None) -> Verified:
     from sae_core.format.read import find_loader, read_sae
 
     folder = "" if path.is_dir() else path.name
-    source = RecordingSource(LocalFiles(path if path.is_dir() else path.parent))
+    home = path if path.is_dir() else path.parent
+    source = RecordingSource(LocalFiles(home))
     name = format or find_loader(source, folder)
-    findings = _check_sums(path if path.is_dir() else path.parent)
+    source.used.clear()  # asking every loader looks at files that the SAE is not made of
+    recorded = _check_sums(home)
+    findings = [f"{file}: SHA-256 as recorded in {CHECKSUMS_FILE}" for file in recorded]
+    findings += _checksums_in_weights(home)
     sae = read_sae(source, folder, format=name)
+    if recorded and (missing := [file for file in source.used if file not in recorded]):
+        raise FormatError(
+            f"{home / CHECKSUMS_FILE}: it has no checksum of {missing[0]}, from which this SAE was read; write it again"
+        )
     findings += blob_findings(source.used)
     if not findings:
-        findings = ["no checksum is recorded for this copy"]
+        findings = ["no checksum is recorded for this copy: whether its numbers are those that were saved is unchecked"]
     return Verified(where=str(path), format=name, sae=sae, findings=[*findings, *try_out(sae, str(path))])
 
 
@@ -116,23 +129,53 @@ def try_out(sae: SAE[Any], where: str) -> list[str]:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
+    with trouble(path, "reading"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sums(folder: Path) -> list[str]:
-    """Compare the files with SHA256SUMS, as ``sha256sum -c`` does."""
+def _check_sums(folder: Path) -> dict[str, str]:
+    """Compare the files with SHA256SUMS, as ``sha256sum -c`` does; gives what is recorded there, by name."""
     sums = folder / CHECKSUMS_FILE
     if not sums.is_file():
-        return []
-    said: list[str] = []
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        wanted, _, name = line.partition("  ")
+        return {}
+    with trouble(sums, "reading"):
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    recorded: dict[str, str] = {}
+    for number, line in enumerate(filter(str.strip, lines), start=1):
+        found = _SUMS_LINE.fullmatch(line)
+        if found is None:
+            raise FormatError(
+                f"{sums}: line {number} is {line!r}, expected a SHA-256, two spaces and the name of a file"
+            )
+        recorded[inside(found["name"])] = found["sum"].lower()
+    for name, wanted in recorded.items():
         file = folder / name
-        if not name or not file.is_file():
-            raise FormatError(f"{sums}: {line!r} names no file of this folder")
-        found = sha256_of(file)
-        if found != wanted:
-            raise FormatError(f"{file}: damaged or changed: SHA-256 {found} instead of {wanted} ({CHECKSUMS_FILE})")
-        said.append(f"{name}: SHA-256 as recorded in {CHECKSUMS_FILE}")
-    return said
+        if not file.is_file():
+            raise FormatError(f"{sums}: it names {name!r}, which is not in this folder")
+        found_sum = sha256_of(file)
+        if found_sum != wanted:
+            why = (
+                f"written after {CHECKSUMS_FILE}, and whole by the checksums in its weights: {CHECKSUMS_FILE} is of an earlier "
+                "save; write it again, or delete it"
+                if file.stat().st_mtime > sums.stat().st_mtime and _whole_by_itself(folder)
+                else "damaged or changed"
+            )
+            raise FormatError(f"{file}: {why}: SHA-256 {found_sum} instead of {wanted} ({CHECKSUMS_FILE})")
+    return recorded
+
+
+def _whole_by_itself(folder: Path) -> bool:
+    try:
+        return bool(_checksums_in_weights(folder))
+    except FormatError:
+        return False
+
+
+def _checksums_in_weights(folder: Path) -> list[str]:
+    """Compare tensors with the checksums that ``sae.save`` writes beside them. Raises FormatError for damage."""
+    weights = folder / "sae_weights.safetensors"
+    if not weights.is_file() or (claim := read_claim(weights)) is None:
+        return []
+    if problem := tensor_problem(weights):
+        raise FormatError(f"{weights}: damaged: {problem}")
+    return [f"every tensor has the checksum it was saved with: {len(claim.sums)} tensors"]

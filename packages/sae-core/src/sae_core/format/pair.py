@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
-    "checksum_problem",
     "locked",
     "named_by",
     "read_claim",
@@ -47,6 +46,7 @@ __all__ = [
     "settle",
     "sign",
     "temporary_name",
+    "tensor_problem",
 ]
 
 _KEY = "sae_core"  # one key: the library writes several in any order, and saving twice must give the same bytes
@@ -172,7 +172,7 @@ def locked(folder: Path, *, wait: bool = True) -> Generator[bool]:
         os.close(handle)
 
 
-def checksum_problem(path: Path) -> str | None:
+def tensor_problem(path: Path) -> str | None:
     """What is wrong with the tensors of a weights file, by the checksums in it; None if nothing, or if it holds none."""
     claim = read_claim(path)
     if claim is None:

@@ -128,6 +128,8 @@ def _open(
     if not weights:
         return TensorBag(where, None, sizes=sizes, rows=rows, weights=False)
     checkpoint = torch_mapping(source, join(folder, _WEIGHTS[1]))
+    if checkpoint.check is not None:
+        checkpoint.check()
     state = checkpoint.get("sae", checkpoint)
     if not isinstance(state, Mapping):
         raise FormatError(f"{where}: entry 'sae' is {type(state).__name__}, expected a dictionary of tensors")

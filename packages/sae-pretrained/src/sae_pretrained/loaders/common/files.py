@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, cast
 
-from sae_core.errors import FormatError
+from sae_core.errors import ConfigError, FormatError
+from sae_core.format.files import parse_json
+from sae_core.format.trouble import first_line, trouble
 from sae_core.protocols import FileSource
 
 __all__ = ["exists", "first_line", "join", "layer_of", "place", "read_json", "read_yaml"]
@@ -53,7 +54,10 @@ def layer_of(path: str, pattern: str = "layer_") -> int | None:
 
 def read_json(source: FileSource, name: str) -> dict[str, Any]:
     """A JSON object. Raises FormatError naming the file when it is missing or not one."""
-    return _mapping(source, name, lambda text: json.loads(text), "JSON object")
+    where, path = place(source, "", name), source.path(name)
+    with trouble(where, "reading"):
+        text = path.read_text("utf-8")
+    return parse_json(text, where)
 
 
 def read_yaml(source: FileSource, name: str) -> dict[str, Any]:
@@ -65,16 +69,12 @@ def read_yaml(source: FileSource, name: str) -> dict[str, Any]:
 
 def _mapping(source: FileSource, name: str, parse: Callable[[str], object], kind: str) -> dict[str, Any]:
     where = place(source, "", name)
-    try:
-        value = parse(source.path(name).read_text("utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{where}: not a {kind}: {first_line(error)}") from error
+    path = source.path(name)
+    with trouble(where, "reading"):
+        try:
+            value = parse(path.read_text("utf-8"))
+        except ConfigError as error:
+            raise FormatError(f"{where}: not a {kind}: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a {kind}, found {type(value).__name__}")
     return cast("dict[str, Any]", value)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

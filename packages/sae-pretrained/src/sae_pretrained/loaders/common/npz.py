@@ -10,14 +10,16 @@ import io
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_core.errors import FormatError
+from sae_core.format.trouble import trouble
 from sae_core.protocols import FileSource
 
-from sae_pretrained.loaders.common.files import first_line, place
+from sae_pretrained.loaders.common.files import place
 from sae_pretrained.loaders.common.tensors import TensorBag, TensorInfo
 
 if TYPE_CHECKING:
@@ -44,12 +46,11 @@ def npz_bag(
     if not weights and (index := _npz_headers(source, name)) is not None:
         return TensorBag(where, index, sizes=sizes, rows=rows, weights=False)
     path = source.path(name)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            index = {key: _npy_member(archive, info)[0] for key, info in members.items()}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise FormatError(f"{where}: not a readable NumPy archive: {first_line(error)}") from error
+    with trouble(where, "reading"), zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise FormatError(f"{where}: an array is in it twice")
+        index = {key: _npy_member(archive, info)[0] for key, info in members.items()}
     return TensorBag(
         where, index, lambda key: _npz_array(path, members[key], where), sizes=sizes, rows=rows, weights=weights
     )
@@ -59,21 +60,28 @@ def _npz_array(path: Path, info: zipfile.ZipInfo, where: str) -> Tensor:
     import numpy as np
     import torch
 
-    try:
+    with trouble(f"{where}: array {info.filename!r}", "reading"):
         with zipfile.ZipFile(path) as archive:
             shaped, dtype, header = _npy_member(archive, info)
             if info.compress_type != zipfile.ZIP_STORED:
                 with archive.open(info) as member:
                     array = cast("Any", np.lib.format.read_array(member, allow_pickle=False))
+                    member.read()  # to the end, where the checksum is compared
                 return torch.from_numpy(np.ascontiguousarray(array))
         with path.open("rb") as file:
             file.seek(info.header_offset)
-            start = info.header_offset + _local_header_length(file.read(_FIXED_ZIP_FIELDS)) + header
+            start = info.header_offset + _local_header_length(file.read(_FIXED_ZIP_FIELDS))
         # mode "c": changes stay private to this process, and torch wants an array it may write to
-        array = np.memmap(path, dtype=dtype, mode="c", offset=start, shape=(math.prod(shaped.shape),))
+        stored = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(info.file_size,))
+        if zlib.crc32(cast("Any", stored)) != info.CRC:
+            raise FormatError(f"{where}: array {info.filename!r} is damaged: its CRC-32 is not the recorded one")
+        size = dtype.itemsize * math.prod(shaped.shape)
+        if size != info.file_size - header:
+            raise FormatError(
+                f"{where}: array {info.filename!r} holds {info.file_size - header} bytes, its shape needs {size}"
+            )
+        array = np.memmap(path, dtype=dtype, mode="c", offset=start + header, shape=(math.prod(shaped.shape),))
         return torch.from_numpy(array).reshape(shaped.shape)
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise FormatError(f"{where}: array {info.filename!r} cannot be read: {first_line(error)}") from error
 
 
 def _npy_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[TensorInfo, Any, int]:
@@ -93,6 +101,8 @@ def _npy_header(member: Any, name: str) -> tuple[TensorInfo, Any, int]:
         raise ValueError(f"array {name!r} holds Python objects, which are never unpickled")
     if fortran and len(shape) > 1:
         raise ValueError(f"array {name!r} is stored in Fortran order")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"array {name!r} has the shape {shape}")
     if not dtype.isnative or dtype.kind not in "fiu":
         raise ValueError(f"array {name!r} has the unsupported dtype {dtype}")
     return TensorInfo(tuple(shape), torch.from_numpy(np.empty(0, dtype)).dtype), dtype, member.tell()
@@ -116,7 +126,7 @@ def _npz_headers(source: FileSource, name: str) -> dict[str, TensorInfo] | None:
             return None
         try:
             index[member.removesuffix(".npy")] = _npy_header(io.BytesIO(rest[name_length + extra_length :]), member)[0]
-        except ValueError:
+        except Exception:  # noqa: BLE001 - whatever is wrong here is said when the whole file is read
             return None
         position += length + size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, final
 
@@ -52,6 +53,8 @@ computes, load with the fact ignore_keys=['shape']
         fitting = _fitting(value, kind)
         if fitting is None:
             raise FormatError(f"{self.where}: key {key!r} is {value!r}, expected {kind.__name__}")
+        if isinstance(fitting, float) and not math.isfinite(fitting):
+            raise FormatError(f"{self.where}: key {key!r} is {value!r}, expected a finite number")
         return fitting
 
     def need(self, key: str, kind: type[T]) -> T:
@@ -127,6 +130,8 @@ class Facts:
         fitting = _fitting(value, kind)
         if fitting is None:
             raise ConfigError(f"loader {self._loader!r}: fact {key!r} is {value!r}, expected {kind.__name__}")
+        if isinstance(fitting, float) and not math.isfinite(fitting):
+            raise ConfigError(f"loader {self._loader!r}: fact {key!r} is {value!r}, expected a finite number")
         return fitting
 
     @property

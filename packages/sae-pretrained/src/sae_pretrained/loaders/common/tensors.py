@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from sae_core.errors import ConfigError, FormatError
+from sae_core.format.tensors import plain_tensor
 from sae_core.protocols import LoadedSAE
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class TensorBag:
         self._done.add(name)
         if not self.weights or self._fetch is None:
             return self._cut(torch.empty(info.shape, dtype=info.dtype, device="meta"), names)
-        tensor = self._fetch(name)
+        tensor = plain_tensor(self._fetch(name), name, self.where)
         if not tensor.is_floating_point() and names:
             raise FormatError(f"{self.where}: tensor {name!r} has dtype {tensor.dtype}, expected floating point")
         return self._cut(tensor, names)
@@ -112,7 +113,10 @@ class TensorBag:
             raise FormatError(f"{self.where}: tensor {name!r} has shape {info.shape}, expected a single number")
         self._done.add(name)
         if self.weights and self._fetch is not None:
-            value = float(self._fetch(name).item())
+            tensor = plain_tensor(self._fetch(name), name, self.where)
+            if tensor.is_complex():
+                raise FormatError(f"{self.where}: tensor {name!r} has dtype {tensor.dtype}, expected a real number")
+            value = float(tensor.item())
         elif self._peek is not None:
             value = self._peek(name)
         else:

@@ -10,14 +10,16 @@ import io
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from sae_core.errors import FormatError
+from sae_core.format.trouble import explained, first_line, trouble
 from sae_core.protocols import FileSource
 
-from sae_pretrained.loaders.common.files import first_line, place
+from sae_pretrained.loaders.common.files import place
 from sae_pretrained.loaders.common.tensors import TensorBag, TensorInfo
 
 if TYPE_CHECKING:
@@ -48,21 +50,18 @@ def safetensors_bag(
             import torch
 
             start, stop = offsets[key]
-            return float(
-                torch.frombuffer(bytearray(source.read_range(name, start, stop)), dtype=index[key].dtype).item()
-            )
+            with trouble(f"{where}: tensor {key!r}", "reading"):
+                data = bytearray(source.read_range(name, start, stop))
+                return float(torch.frombuffer(data, dtype=index[key].dtype).item())
 
         return TensorBag(where, index, sizes=sizes, rows=rows, weights=False, peek=peek)
     path = source.path(name)
 
     def fetch(key: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cast("Tensor", file.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{where}: cannot be read: {first_line(error)}") from error
+        with trouble(where, "reading"), safe_open(path, framework="pt") as file:
+            return cast("Tensor", file.get_tensor(key))
 
     return TensorBag(where, index, fetch, sizes=sizes, rows=rows)
 
@@ -82,6 +81,8 @@ def _safetensors_header(
         "F64": torch.float64,
         "F32": torch.float32,
         "F16": torch.float16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
         "BF16": torch.bfloat16,
         "I64": torch.int64,
         "I32": torch.int32,
@@ -97,23 +98,30 @@ def _safetensors_header(
     try:
         header = cast("dict[str, dict[str, Any]]", json.loads(source.read_range(name, 8, 8 + length)))
         header.pop("__metadata__", None)
-        index = {key: TensorInfo(tuple(entry["shape"]), dtypes[entry["dtype"]]) for key, entry in header.items()}
-        offsets = {
-            key: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
-            for key, entry in header.items()
-        }
+        index: dict[str, TensorInfo] = {}
+        offsets: dict[str, tuple[int, int]] = {}
+        for key, entry in header.items():
+            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or stop < start:
+                raise ValueError(f"tensor {key!r} has the shape {shape} at {start} to {stop}")
+            index[key] = TensorInfo(shape, dtypes[entry["dtype"]])
+            offsets[key] = (8 + length + start, 8 + length + stop)
         return index, offsets
     except KeyError as error:
         raise FormatError(f"{where}: a tensor has the unsupported dtype or field {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: damaged safetensors header: {first_line(error)}") from error
 
 
 @final
 class TorchFile(dict[str, Any]):
-    """The dictionary in a file of ``torch.save``. `again` maps the file once more; None where it had to be read whole."""
+    """The dictionary in a file of ``torch.save``. `again` maps the file once more; None where it had to be read whole.
+
+    `check` raises FormatError when the file's own checksums say that it is damaged.
+    """
 
     again: Callable[[], Mapping[str, Any]] | None = None
+    check: Callable[[], None] | None = None
 
 
 def torch_mapping(source: FileSource, name: str, *, skip: int = 0) -> TorchFile:
@@ -127,9 +135,33 @@ def torch_mapping(source: FileSource, name: str, *, skip: int = 0) -> TorchFile:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in cast("Mapping[Any, Any]", value)):
         raise FormatError(f"{where}: expected a dictionary of tensors, found {type(value).__name__}")
     read = TorchFile(cast("Mapping[str, Any]", value))
-    if not skip and zipfile.is_zipfile(path):
-        read.again = lambda: cast("Mapping[str, Any]", _torch_load(path, where, skip))
+    if zipfile.is_zipfile(path):
+        read.check = lambda: _check_records(path, where)
+        if not skip:
+            read.again = lambda: cast("Mapping[str, Any]", _torch_load(path, where, skip))
     return read
+
+
+def _check_records(path: Path, where: str) -> None:
+    """Compare the records of an archive of ``torch.save`` with their checksums, which torch itself does not look at.
+
+    `torch.serialization.set_crc32_options` makes files whose checksums are all none; those say nothing.
+    """
+    with trouble(where, "reading"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        wrong: list[str] = []
+        records = [info for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
+        for info in records:
+            file.seek(info.header_offset)
+            fixed = file.read(30)
+            name_length, extra_length = struct.unpack("<HH", fixed[26:30])
+            file.seek(name_length + extra_length, io.SEEK_CUR)
+            found, left = 0, info.file_size
+            while left and (block := file.read(min(left, 1 << 20))):
+                found, left = zlib.crc32(block, found), left - len(block)
+            if left or found != info.CRC:
+                wrong.append(info.filename)
+        if wrong and len(wrong) < len(records):
+            raise FormatError(f"{where}: damaged: the CRC-32 of {wrong[0]!r} is not the recorded one")
 
 
 def _torch_load(path: Path, where: str, skip: int) -> object:
@@ -143,6 +175,8 @@ def _torch_load(path: Path, where: str, skip: int) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # torch raises many types, OSError among them, for files that are damaged, not its own, or hold more than tensors
+        if isinstance(error, OSError) and error.errno is not None:
+            raise FormatError(f"{where}: {explained(error)}") from error
         raise FormatError(
             f"{where}: cannot be read as plain tensors, and files that would run code are refused: {first_line(error)}"
         ) from error
@@ -165,6 +199,8 @@ def torch_bag(
     for key, value in mapping.items():
         if not isinstance(value, torch.Tensor):
             raise FormatError(f"{where}: entry {key!r} is {type(value).__name__}, not a tensor")
+    if weights and isinstance(mapping, TorchFile) and mapping.check is not None:
+        mapping.check()
     index = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in mapping.items()}
     again = mapping.again if isinstance(mapping, TorchFile) else None
 
