@@ -32,6 +32,7 @@ def load_pretrained(
     revision: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
+    mmap: bool | None = None,
 ) -> SAE:
     """Load a published SAE; `SAE.from_pretrained` is this function.
 
@@ -53,6 +54,7 @@ def load_pretrained(
         format=format_of(source, entry),
         overrides={**entry.overrides, **(overrides or {})} or None,
         rows=rows,
+        mmap=mmap,
     )
     sae.metadata = describe_origin(entry, catalogue, source, sae.metadata)
     return sae

@@ -557,17 +557,22 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         format: str | None = None,
         overrides: Mapping[str, Any] | None = None,
         rows: Sequence[int] | None = None,
+        mmap: bool | None = None,
     ) -> SAE:
         """Load an SAE from a local folder or file in any format that an installed plugin reads.
 
         `dtype` None keeps the file's. `format` names the loader instead of recognising it by the files. `overrides` are
         facts that the files lack, under names that the format's loader knows. `rows` are the latents to load, None for all;
-        ConfigError for architectures in which latents compete, since some of them alone would have other values. Raises
+        ConfigError for architectures in which latents compete, since some of them alone would have other values. `mmap` True
+        maps the file into memory, so that nothing is read before it is used: the file must then stay as it is. False copies
+        it; None maps files of more than 64 MB. Raises
         FormatError that names file and key when anything is missing, left over, of the wrong shape, or not finite.
         """
         from sae_core.format.read import load_sae
 
-        return load_sae(Path(path), device=device, dtype=dtype, format=format, overrides=overrides, rows=rows)
+        return load_sae(
+            Path(path), device=device, dtype=dtype, format=format, overrides=overrides, rows=rows, mmap=mmap
+        )
 
     @staticmethod
     def from_pretrained(
@@ -579,6 +584,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         revision: str | None = None,
         overrides: Mapping[str, Any] | None = None,
         rows: Sequence[int] | None = None,
+        mmap: bool | None = None,
     ) -> SAE:
         """Load a published SAE by release and id, from any installed catalogue, or by repository and folder.
 
@@ -587,7 +593,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         from sae_core.pretrained import load_pretrained
 
         return load_pretrained(
-            release, sae_id, device=device, dtype=dtype, revision=revision, overrides=overrides, rows=rows
+            release, sae_id, device=device, dtype=dtype, revision=revision, overrides=overrides, rows=rows, mmap=mmap
         )
 
     def check(self, model: nn.Module, tokens: Tensor, **options: Any) -> CheckReport:

@@ -6,6 +6,8 @@ allows, then become the parameters themselves, cast or moved on the way if asked
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from sae_core.config import structure
-from sae_core.errors import ConfigError, FormatError
+from sae_core.errors import ConfigError, FormatError, SaeCoreError
 from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
-from sae_core.format.trouble import trouble
+from sae_core.format.tensors import common_dtype, plain_tensor
+from sae_core.format.trouble import first_line, trouble
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
 from sae_core.sae import SAE, as_device, as_dtype
 
 __all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae", "recognised"]
+
+MAPPED_FROM = 64 * 2**20
+"""Bytes of tensors from which on files are memory-mapped unless the caller says otherwise."""
 
 
 @runtime_checkable
@@ -44,6 +50,7 @@ def load_sae(
     format: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
+    mmap: bool | None = None,
 ) -> SAE:
     """Load from a local folder, or a file where a format is a single file."""
     with trouble(path, "reading"):
@@ -52,7 +59,9 @@ def load_sae(
         source, folder = LocalFiles(path.parent), path.name
     else:
         source, folder = LocalFiles(path), ""
-    return read_sae(source, folder, device=device, dtype=dtype, format=format, overrides=overrides, rows=rows)
+    return read_sae(
+        source, folder, device=device, dtype=dtype, format=format, overrides=overrides, rows=rows, mmap=mmap
+    )
 
 
 def read_sae(
@@ -64,8 +73,14 @@ def read_sae(
     format: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
+    mmap: bool | None = None,
 ) -> SAE:
-    """Load one SAE from a file source; with `rows` some of its latents, whose numbers its metadata then hold as ``rows``."""
+    """Load one SAE from a file source; with `rows` some of its latents, whose numbers its metadata then hold as ``rows``.
+
+    The parameters are maps of the file where nothing had to be computed (`mmap` True), or copies in memory (False); None maps
+    files of more than 64 MB.
+    """
+    rows = None if rows is None else distinct_rows(rows)
     name = format or find_loader(source, folder)
     loader = cast("Loader", get_registry().resolve("loader", name)())
     loaded = loader.load(source, folder, overrides=overrides, rows=rows)
@@ -77,7 +92,7 @@ def read_sae(
                 f"{where}: rows= cannot be used with architecture {loaded.architecture!r}: its latents compete, so some of "
                 "them alone would have other values"
             )
-    sae = build_sae(loaded, where=where, device=device, dtype=dtype)
+    sae = build_sae(loaded, where=where, device=device, dtype=dtype, mmap=mmap)
     if rows is not None:
         sae.metadata["rows"] = list(rows)
     return sae
@@ -86,13 +101,16 @@ def read_sae(
 def find_loader(source: FileSource, folder: str = "") -> str:
     """The one loader that recognises the files; FormatError lists what was tried when none or several do."""
     hints: list[str] = []
-    found = recognised(source, folder, hints)
+    damaged: list[str] = []
+    found = recognised(source, folder, hints, damaged)
     if len(found) == 1:
         return found[0]
     place = f"{source.location}/{folder}".rstrip("/")
     if found:
         raise FormatError(f"{place}: several formats fit: {', '.join(found)}; name one with format=")
     here = [name for name in source.files() if name.startswith(folder)][:12]
+    if damaged:
+        raise FormatError("; ".join(dict.fromkeys(damaged)))
     if hints:
         raise FormatError(
             f"{place}: nothing here says which library wrote it; if you know, load with {', or '.join(hints)}"
@@ -101,8 +119,13 @@ def find_loader(source: FileSource, folder: str = "") -> str:
     raise FormatError(f"{place}: no known format (looked for: {known}); it holds: {', '.join(here) or 'no files'}")
 
 
-def recognised(source: FileSource, folder: str = "", hints: list[str] | None = None) -> list[str]:
-    """The names of all loaders that recognise the files; what others would need goes into `hints`."""
+def recognised(
+    source: FileSource, folder: str = "", hints: list[str] | None = None, damaged: list[str] | None = None
+) -> list[str]:
+    """The names of all loaders that recognise the files; what others would need goes into `hints`.
+
+    What kept a loader from telling, a config that is no JSON for example, goes into `damaged`.
+    """
     registry = get_registry()
     found: list[str] = []
     for contribution in registry.contributions("loader"):
@@ -111,6 +134,10 @@ def recognised(source: FileSource, folder: str = "", hints: list[str] | None = N
             fits = loader.matches(source, folder)
             if hints is not None and not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
                 hints.append(hint)
+        except SaeCoreError as error:
+            if damaged is not None:
+                damaged.append(str(error))
+            continue
         except Exception as error:  # noqa: BLE001 - a broken loader must not keep the formats of the others from being read
             message = f"loader {contribution.qualified} could not be asked about {source.location}: {one_line(error)}"
             warnings.warn(message, PluginWarning, stacklevel=2)
@@ -121,18 +148,40 @@ def recognised(source: FileSource, folder: str = "", hints: list[str] | None = N
 
 
 def build_sae(
-    loaded: LoadedSAE, *, where: str, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    loaded: LoadedSAE,
+    *,
+    where: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    mmap: bool | None = None,
 ) -> SAE:
     """An SAE from what a loader read. Raises FormatError for tensors that are missing, left over, misshapen or not finite.
 
-    The tensors are handed over: `loaded.tensors` is empty afterwards, so that what has been cast is not kept twice.
+    The tensors are handed over: `loaded.tensors` is empty afterwards, so that what has been cast is not kept twice. Tensors of
+    several precisions become the narrowest one that holds them all, unless `dtype` says otherwise.
     """
+    if loaded.activation_scale is not None and not 0 < loaded.activation_scale < math.inf:
+        raise ConfigError(f"{where}: norm_scaling_factor must be a positive number, not {loaded.activation_scale}")
     sae_class = cast("type[SAE]", get_registry().resolve("architecture", loaded.architecture))
     config = structure(loaded.config, sae_class.config_class, where=f"{where}: architecture {loaded.architecture!r}")
-    with torch.device("meta"):
-        sae = sae_class(config)
+    try:
+        with torch.device("meta"):
+            sae = sae_class(config)
+    except SaeCoreError:
+        raise
+    except Exception as error:
+        raise FormatError(f"{where}: its config asks for tensors that cannot be: {first_line(error)}") from error
     pool = loaded.tensors if isinstance(loaded.tensors, dict) else dict(loaded.tensors)
-    _fill(sae, pool, where, as_device(device), None if dtype is None else as_dtype(dtype))
+    for key in pool:
+        pool[key] = plain_tensor(pool[key], key, where)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in pool.values())
+    from_file = set() if mmap or (mmap is None and size > MAPPED_FROM) else {_place(tensor) for tensor in pool.values()}
+    kept = {key for key in pool if sae_class.declares(key) and sae_class.axis_in_files(key).keep_float32}
+    cast_to = common_dtype(tensor.dtype for key, tensor in pool.items() if tensor.is_floating_point() and key not in kept)
+    _fill(sae, pool, where, as_device(device), cast_to if dtype is None else as_dtype(dtype))
+    for tensor in (*sae.parameters(), *sae.buffers()):
+        if from_file and not tensor.is_meta and _place(tensor) in from_file:
+            tensor.data = tensor.data.clone()
     sae.forget_statistics()  # of normalisations, which files do not hold: they are still on the meta device
     if loaded.activation_scale is not None:
         sae.normalization.set_scale(loaded.activation_scale)
@@ -140,6 +189,41 @@ def build_sae(
             sae.target_normalization.set_scale(1.0)  # such files are of transcoders whose targets were not normalised
     sae.metadata = spell_hook_names(loaded.metadata)
     return sae.eval()
+
+
+def distinct_rows(rows: Sequence[int]) -> list[int]:
+    """`rows` as a list of distinct whole numbers; ConfigError for anything else. Whether there are such latents is not asked.
+
+    >>> distinct_rows(range(3)), distinct_rows(torch.tensor([4, 2]))
+    ([0, 1, 2], [4, 2])
+    >>> distinct_rows([1, 1])
+    Traceback (most recent call last):
+    sae_core.errors.ConfigError: rows= must be a sequence of distinct latent numbers; 1 comes twice
+    """
+    wanted = "rows= must be a sequence of distinct latent numbers"
+    if isinstance(rows, str | bytes | Mapping | set | frozenset) or not hasattr(rows, "__iter__"):
+        raise ConfigError(f"{wanted}, not {rows!r}")
+    found: list[int] = []
+    try:
+        items = list(cast("Sequence[Any]", rows))
+        for row in items:
+            if isinstance(row, bool) or (hasattr(row, "dtype") and "bool" in str(row.dtype)):
+                raise TypeError
+            found.append(operator.index(row))
+    except TypeError:
+        raise ConfigError(f"{wanted}, not {rows!r}") from None
+    if not found:
+        raise ConfigError(f"{wanted}; this one is empty")
+    if len(set(found)) < len(found):
+        twice = next(row for row in found if found.count(row) > 1)
+        raise ConfigError(f"{wanted}; {twice} comes twice")
+    if min(found) < 0:
+        raise ConfigError(f"{wanted}, counted from 0; {min(found)} is negative")
+    return found
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _fill(sae: SAE, tensors: dict[str, Tensor], where: str, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -14,6 +14,7 @@ the metadata under ``training_architecture_details``. Any other unknown key is a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -199,6 +200,9 @@ def _sort(
 ) -> dict[str, Any]:
     """The config's own fields; facts about training move to the metadata, and what nobody knows is an error."""
     config = {key: value for key, value in cfg.items() if key in fields}
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FormatError(f"{where}: {key!r} is {value}, expected a finite number")
     facts = {key: value for key, value in cfg.items() if key in _TRAINING_FACTS and key not in fields}
     unknown = sorted(set(cfg) - set(config) - set(facts) - {*_PARAMETER_FACTS, "sae_lens_version"})
     if unknown:

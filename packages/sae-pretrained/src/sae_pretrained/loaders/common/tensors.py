@@ -102,10 +102,15 @@ class TensorBag:
         tensor = plain_tensor(self._fetch(name), name, self.where)
         if not tensor.is_floating_point() and names:
             raise FormatError(f"{self.where}: tensor {name!r} has dtype {tensor.dtype}, expected floating point")
+        if tensor.dim() <= 1 and (bad := int((~tensor.isfinite()).sum())):
+            # vectors are what loaders compute with, and an exponential makes an infinity an unsuspicious zero
+            raise FormatError(f"{self.where}: tensor {name!r} holds {bad} values that are NaN or infinite")
         return self._cut(tensor, names)
 
     def number(self, name: str) -> float | None:
         """The value of a tensor of one element; None when only the config is asked for and looking would mean fetching."""
+        import torch
+
         if self._index is None:
             return None
         info = self._info(name)
@@ -114,7 +119,7 @@ class TensorBag:
         self._done.add(name)
         if self.weights and self._fetch is not None:
             tensor = plain_tensor(self._fetch(name), name, self.where)
-            if tensor.is_complex():
+            if tensor.is_complex() or tensor.dtype == torch.bool:
                 raise FormatError(f"{self.where}: tensor {name!r} has dtype {tensor.dtype}, expected a real number")
             value = float(tensor.item())
         elif self._peek is not None:
