@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,21 @@ def test_a_folder_or_a_circle_of_links_where_a_file_should_be_is_one_error(saved
     weights.symlink_to(WEIGHTS)
     with pytest.raises(FormatError):
         SAE.load(saved, format="sae_lens")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        (
+            "list architectures >/dev/full",
+            1,
+            "sae-core: error: the output cannot be written: No space left on device\n",
+        ),
+        ("list architectures >&-", 0, ""),
+    ],
+)
+def test_an_output_that_nobody_takes_is_one_line(shell: str, code: int, said: str) -> None:
+    command = f"{sys.executable} -c 'import sys; from sae_core.cli import main; sys.exit(main())' {shell}"
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)

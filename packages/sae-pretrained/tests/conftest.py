@@ -64,6 +64,7 @@ class Fault:
     reset: bool = False  # the connection is reset instead of closed
     damage: bool = False  # one byte of the body is flipped
     ignore_range: bool = False
+    body: bytes = b"scripted"  # of an answer with a scripted status
 
 
 class Hub:
@@ -124,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.fault = fault
                 break
         if self.fault.status is not None:
-            return self.send(self.fault.status, b"scripted", self.fault.headers)
+            return self.send(self.fault.status, self.fault.body, self.fault.headers)
         if path.startswith("/cdn/"):
             return self.send_file(self.blob(path.removeprefix("/cdn/")), {"ETag": '"of-the-cdn"'})
         if path.startswith("/api/"):

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_core.errors import ConfigError, UnknownNameError
 from sae_core.protocols import Catalogue
-from sae_pretrained.catalogue import PublicCatalogue, UserCatalogue, lookup
+from sae_pretrained.catalogue import FolderCatalogue, PublicCatalogue, UserCatalogue, lookup
 from sae_pretrained.release_file import parse_release, sort_key
 
 HERE = Path(__file__).parent
@@ -325,3 +326,62 @@ def test_the_tool_takes_out_a_nested_release(tmp_path: Path):
 @given(st.lists(st.integers(0, 999), unique=True))
 def test_names_sort_by_the_numbers_in_them(numbers: list[int]):
     assert sorted((f"layer_{n}/x" for n in numbers), key=sort_key) == [f"layer_{n}/x" for n in sorted(numbers)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("0..300000000", "the range 0..300000000 has more than 100000 numbers"),
+        ("0..99999999999999999999", "has more than 100000 numbers"),
+        ("5..1", "the range 5..1 is empty; the smaller number comes first"),
+    ],
+)
+def test_a_range_that_nobody_means_is_refused_before_it_is_written_out(row: str, said: str):
+    facts = {"repository": "lab/saes", "saes": [{"id": "layer_{layer}", "columns": "layer", "rows": row}]}
+    with pytest.raises(ConfigError, match=said):
+        parse_release("lab-saes", facts, "lab.yaml")
+
+
+def test_a_group_of_more_saes_than_anybody_has_is_refused():
+    group = {"id": "{a}{b}", "columns": "a b", "rows": "0..999 0..999"}
+    with pytest.raises(ConfigError, match="more than 100000 SAEs in one group; are its ranges right"):
+        parse_release("lab-saes", {"repository": "lab/saes", "saes": [group]}, "lab.yaml")
+
+
+def test_the_tool_says_what_a_newer_source_would_change_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def source(*saes: tuple[int, float]) -> dict[str, Any]:
+        listed = [{"id": f"blocks.{n}", "path": f"l{n}", "l0": l0} for n, l0 in saes]
+        return {"repo_id": "lab/saes", "model": "openai-community/gpt2", "format": "sae_lens", "saes": listed}
+
+    monkeypatch.setattr(TOOL, "RELEASES", tmp_path)
+    for name in ("kept", "gone"):
+        (tmp_path / f"{name}.toml").write_text(TOOL.write_release(name, source((0, 5.0), (1, 6.0))))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    newer = {"kept": source((1, 6.5), (2, 7.0)), "fresh": source((0, 1.0))}
+    assert TOOL.differences(newer) == [
+        "+ fresh: 1 SAEs of openai-community/gpt2, lab/saes",
+        "- gone: gone",
+        "+ kept: blocks.2",
+        "- kept: blocks.0",
+        "~ kept: blocks.1: l0 6.0 -> 6.5",
+    ]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_package_brings_releases_as_a_folder_of_files(tmp_path: Path):
+    (tmp_path / "lab-saes.toml").write_text(
+        'repository = "lab/saes"\nmodel = "lab/small"\n[[saes]]\nid = "layer_{layer}"\ncolumns = "layer"\nrows = "0..2"\n'
+    )
+
+    class LabCatalogue(FolderCatalogue):
+        folder = tmp_path
+
+    catalogue = LabCatalogue()
+    assert isinstance(catalogue, Catalogue)
+    assert catalogue.releases() == ["lab-saes"]
+    assert catalogue.sae_ids("lab-saes") == ["layer_0", "layer_1", "layer_2"]
+    assert catalogue.lookup("lab-saes", "layer_1").repo_id == "lab/saes"
+    with pytest.raises(UnknownNameError, match="has no SAE 'layer_3'"):
+        catalogue.lookup("lab-saes", "layer_3")

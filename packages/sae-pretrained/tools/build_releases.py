@@ -1,5 +1,6 @@
 """Write the release files of this package from a SAELens catalogue (``pretrained_saes.yaml``).
 
+    python tools/build_releases.py pretrained_saes.yaml --diff     # what would change; nothing is written
     python tools/build_releases.py pretrained_saes.yaml
 
 For each release it looks at the numbers in the SAEs' ids, paths and Neuronpedia ids, finds templates that several SAEs
@@ -11,17 +12,20 @@ expand to. Facts that the source has wrong are corrected here, each with its rea
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
 import re
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from sae_pretrained.models import base_model
+from sae_pretrained.release_file import parse_release
 
 PACKAGE = Path(__file__).parents[1]
 RELEASES = PACKAGE / "src" / "sae_pretrained" / "releases"
@@ -55,7 +59,12 @@ def main() -> int:
     """Run the tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    source = read_source(parser.parse_args().source)
+    parser.add_argument("--diff", action="store_true", help="print what is new, gone and changed, and write nothing")
+    arguments = parser.parse_args()
+    source = read_source(arguments.source)
+    if arguments.diff:
+        print("\n".join(differences(source)) or "nothing has changed")  # noqa: T201 - a tool reports
+        return 0
     for old in RELEASES.glob("*.toml"):
         old.unlink()
     for name, release in source.items():
@@ -64,6 +73,31 @@ def main() -> int:
     lines = sum(len(path.read_text().splitlines()) for path in RELEASES.glob("*.toml"))
     print(f"{len(source)} releases, {sum(len(release['saes']) for release in source.values())} SAEs, {lines} lines")  # noqa: T201 - a tool reports
     return 0
+
+
+def differences(source: dict[str, dict[str, Any]]) -> list[str]:
+    """What the source says that the written files do not, one line each: releases, SAEs, and facts of SAEs."""
+    said: list[str] = []
+    written = {path.stem: path for path in RELEASES.glob("*.toml")}
+    for name in sorted({*source, *written}):
+        if name not in source:
+            said.append(f"- {name}: gone")
+            continue
+        new = parse_release(name, tomllib.loads(write_release(name, source[name])), name)
+        if name not in written:
+            said.append(f"+ {name}: {len(new)} SAEs of {source[name].get('model')}, {source[name].get('repo_id')}")
+            continue
+        old = parse_release(name, tomllib.loads(written[name].read_text(encoding="utf-8")), name)
+        said += [f"+ {name}: {sae_id}" for sae_id in new.keys() - old.keys()]
+        said += [f"- {name}: {sae_id}" for sae_id in old.keys() - new.keys()]
+        for sae_id in sorted(old.keys() & new.keys()):
+            before, after = dataclasses.asdict(old[sae_id]), dataclasses.asdict(new[sae_id])
+            said += [
+                f"~ {name}: {sae_id}: {key} {before[key]!r} -> {after[key]!r}"
+                for key in before
+                if before[key] != after[key]
+            ]
+    return said
 
 
 def read_source(path: Path) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_pretrained.catalogue import PublicCatalogue, UserCatalogue, lookup, releases
+    from sae_pretrained.catalogue import FolderCatalogue, PublicCatalogue, UserCatalogue, lookup, releases
     from sae_pretrained.checking import check
     from sae_pretrained.hub import HubFiles
     from sae_pretrained.hub_errors import HubError
     from sae_pretrained.models import base_model, hook_point_from_hf, hook_point_to_hf
 
 __all__ = [
+    "FolderCatalogue",
     "HubError",
     "HubFiles",
     "PublicCatalogue",
@@ -28,6 +29,7 @@ __all__ = [
 _HOMES = {
     "HubError": "hub_errors",
     "HubFiles": "hub",
+    "FolderCatalogue": "catalogue",
     "PublicCatalogue": "catalogue",
     "UserCatalogue": "catalogue",
     "base_model": "models",

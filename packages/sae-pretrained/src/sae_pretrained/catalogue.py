@@ -16,7 +16,8 @@ lab-saes:
       rows: 0..11
 ```
 
-Other packages add catalogues by the hook ``sae_register_catalogues``. `lookup` and `releases` ask all of them.
+Other packages add catalogues by the hook ``sae_register_catalogues``; `FolderCatalogue` makes one of a folder of files like
+those of this package. `lookup` and `releases` ask all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from sae_core.errors import ConfigError, UnknownNameError
 from sae_core.protocols import CatalogueEntry
@@ -35,7 +36,15 @@ from sae_pretrained.release_file import parse_release, sort_key
 if TYPE_CHECKING:
     from sae_core.protocols import FileSource
 
-__all__ = ["CATALOGUE_VARIABLE", "PublicCatalogue", "ReleaseCatalogue", "UserCatalogue", "lookup", "releases"]
+__all__ = [
+    "CATALOGUE_VARIABLE",
+    "FolderCatalogue",
+    "PublicCatalogue",
+    "ReleaseCatalogue",
+    "UserCatalogue",
+    "lookup",
+    "releases",
+]
 
 CATALOGUE_VARIABLE = "SAE_CORE_CATALOGUE"
 _PUBLIC_FOLDER = Path(__file__).parent / "releases"
@@ -110,21 +119,38 @@ class ReleaseCatalogue(ABC):
         return hook_facts(entry.model, metadata)
 
 
-@final
-class PublicCatalogue(ReleaseCatalogue):
-    """The releases that come with this package."""
+class FolderCatalogue(ReleaseCatalogue):
+    """A folder of TOML files, one a release and named after it: what a package that publishes its own SAEs derives from.
+
+    ```python
+    class LabCatalogue(FolderCatalogue):                    # CatalogueSpec(name="lab", target="lab_saes:LabCatalogue", …)
+        folder = Path(__file__).parent / "releases"
+    ```
+    """
+
+    folder: ClassVar[Path]
 
     def has(self, release: str) -> bool:
-        return _is_plain(release) and (_PUBLIC_FOLDER / f"{release}.toml").is_file()
+        """Whether the folder has a file of this release."""
+        return _is_plain(release) and (self.folder / f"{release}.toml").is_file()
 
     def releases(self) -> Sequence[str]:
-        return sorted((path.stem for path in _PUBLIC_FOLDER.glob("*.toml")), key=sort_key)
+        """Names of the files, in natural order."""
+        return sorted((path.stem for path in self.folder.glob("*.toml")), key=sort_key)
 
     def entries(self, release: str) -> Mapping[str, CatalogueEntry]:
+        """The SAEs of a release by id. Raises UnknownNameError, or ConfigError that names file and key."""
         if not self.has(release):
             raise UnknownNameError(_unknown_release(release, self.releases()))
-        path = _PUBLIC_FOLDER / f"{release}.toml"
+        path = self.folder / f"{release}.toml"
         return parse_release(release, _read_toml(path), path.name)
+
+
+@final
+class PublicCatalogue(FolderCatalogue):
+    """The releases that come with this package."""
+
+    folder = _PUBLIC_FOLDER
 
 
 @final

@@ -8,23 +8,28 @@ SAE whose files are cached loads without a single request. Offline (``HF_HUB_OFF
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-import shutil
 import tempfile
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
+from sae_core.errors import FormatError
 from sae_core.format.files import inside
+from sae_core.format.trouble import first_line
 
-from sae_pretrained.hub_errors import HubError, explained, offline_message
-from sae_pretrained.transfer import Patience, checksum_problem, fetch, fetch_range
+from sae_pretrained.hub_errors import HubError, explained, offline_message, trouble_with_cache
+from sae_pretrained.transfer import Patience, checksum_problem, fetch_range
 
 __all__ = ["HubFiles"]
 
+_log = logging.getLogger(__name__)
 _BLOCK = 1 << 16
+_CHEAP = 1 << 20  # bytes that are compared with their checksum whenever they are read
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @final
@@ -67,27 +72,41 @@ class HubFiles:
     @cached_property
     def commit(self) -> str:
         """The commit that the revision stands for: as cached, else as the Hub says now."""
-        if re.fullmatch("[0-9a-f]{40}", self.revision):
+        if _COMMIT.fullmatch(self.revision):
             return self.revision
         ref = self._cache / "refs" / inside(self.revision)
-        if ref.is_file() and (_offline() or not self._refresh):
-            return ref.read_text(encoding="utf-8").strip()
-        commit = self._ask_for_listing(self.revision)
-        _write(ref, commit)
+        with self._cache_trouble():
+            if ref.is_file() and (_offline() or not self._refresh):
+                known = ref.read_text(encoding="utf-8", errors="replace").strip()
+                if _COMMIT.fullmatch(known):
+                    return known
+                if _offline():
+                    raise HubError(f"{ref}: damaged, it should hold a commit; go online once, and it is repaired")
+            commit = self._ask_for_listing(self.revision)
+            _write(ref, commit)
         return commit
 
     def files(self) -> list[str]:
         """Names of all files of the repository, sorted; offline and never listed before, of those that are cached."""
         if self._names is None:
-            listing = self._listing_file(self.commit)
-            if not listing.is_file():
-                if _offline():
+            with self._cache_trouble():
+                self._names = self._listed()
+                if self._names is None and _offline():
                     cached = (path for path in self._snapshot.rglob("*") if path.is_file())
                     return sorted(path.relative_to(self._snapshot).as_posix() for path in cached)
-                self._ask_for_listing(self.commit)
-            self._names = names = json.loads(listing.read_text(encoding="utf-8"))
-            return names
+                if self._names is None:
+                    self._ask_for_listing(self.commit)
+                    self._names = self._listed() or []
         return self._names
+
+    def _listed(self) -> list[str] | None:
+        """The names that were listed before; None when there is no list, or it is damaged and has to be fetched again."""
+        try:
+            names = json.loads(self._listing_file(self.commit).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        good = isinstance(names, list) and all(isinstance(name, str) for name in cast("list[object]", names))
+        return cast("list[str]", names) if good else None
 
     def exists(self, name: str) -> bool:
         """Whether the repository has this file."""
@@ -96,9 +115,25 @@ class HubFiles:
     def path(self, name: str) -> Path:
         """The file's path in the cache, downloaded first if need be."""
         cached = self._snapshot / inside(name)
+        if cached.is_file() and (problem := self._cheap_problem(cached)):
+            if _offline():
+                raise HubError(
+                    f"{cached}: the cached copy is damaged: {problem}; go online once, and it is fetched again"
+                )
+            _log.warning("%s: the cached copy is damaged (%s); fetching it again", name, problem)
+            with self._cache_trouble():
+                cached.resolve().unlink(missing_ok=True)
+                cached.unlink(missing_ok=True)
         if not cached.is_file():
             self._download(inside(name))
         return cached
+
+    def _cheap_problem(self, cached: Path) -> str | None:
+        """What is wrong with a small file in the cache; large ones are left to ``pretrained verify``, which takes a while."""
+        blob = cached.resolve()
+        with self._cache_trouble():
+            small = blob.parent.name == "blobs" and blob.stat().st_size <= _CHEAP
+            return checksum_problem(blob, blob.name) if small else None
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of the file: from the cache if it is there, else just these over the network.
@@ -124,7 +159,10 @@ class HubFiles:
         return block[: stop - start]
 
     def damage(self, name: str) -> str | None:
-        """What is wrong with the cached copy of a file, by the checksum that the cache keeps as its name; None if nothing."""
+        """What is wrong with the cached copy of a file, by the checksum that the cache keeps as its name.
+
+        None if nothing is, or if a server other than the Hub made that name of something else.
+        """
         cached = self.path(name)
         return checksum_problem(cached, cached.resolve().name)
 
@@ -139,50 +177,58 @@ class HubFiles:
         """Ask the Hub for the commit and the files of a revision; keep the files, which for a commit never change."""
         from huggingface_hub import HfApi
 
+        place = f"{self.repo_id}@{revision}"
         with explained(self.repo_id, revision):
-            info = self._patience.call(
-                lambda: HfApi(endpoint=self._endpoint).model_info(self.repo_id, revision=revision)
-            )
-        if info.sha is None:
-            raise HubError(f"{self.repo_id}@{revision}: the server at {self._endpoint} states no commit; is it a Hub?")
-        names = sorted(sibling.rfilename for sibling in info.siblings or ())
-        _write(self._listing_file(info.sha), json.dumps(names))
-        return info.sha
+            try:
+                info = self._patience.call(
+                    lambda: HfApi(endpoint=self._endpoint).model_info(self.repo_id, revision=revision)
+                )
+                commit, names = info.sha, sorted(sibling.rfilename for sibling in info.siblings or ())
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise HubError(
+                    f"{place}: the server at {self._endpoint} gives an answer that is none of a Hub's ({type(error).__name__}: "
+                    f"{first_line(error)}); a proxy or a login page may be in between"
+                ) from error
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise HubError(f"{place}: the server at {self._endpoint} states the commit {commit!r}; is it a Hub?")
+        if wrong := [name for name in names if not isinstance(name, str)]:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise HubError(f"{place}: the server at {self._endpoint} lists the file {wrong[0]!r}; is it a Hub?")
+        with self._cache_trouble():
+            _write(self._listing_file(commit), json.dumps(names))
+        return commit
 
     def _download(self, name: str) -> None:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download
-        from huggingface_hub.utils import WeakFileLock
+        """Let huggingface_hub fetch the file into its cache, and check what arrived; a damaged file is fetched once more."""
+        from huggingface_hub import hf_hub_download
 
         if _offline():
             raise HubError(offline_message(f"{self.location}: {name}"))
-        with self._explained(name):
-            known = self._patience.call(
-                lambda: get_hf_file_metadata(self._url(name), headers=self._headers(), endpoint=self._endpoint)
-            )
-            if known.etag is None:
-                raise HubError(f"{self.location}: {name}: the server states no checksum; is {self._endpoint} a Hub?")
-            if known.xet_file_data and _has_xet():
-                self._patience.call(
-                    lambda: hf_hub_download(
-                        self.repo_id, name, revision=self.commit, cache_dir=self._cache_dir, endpoint=self._endpoint
+        problem: str | None = None
+        for again in (False, True):
+            with self._explained(name), self._cache_trouble():
+                path = self._patience.call(
+                    lambda again=again: hf_hub_download(
+                        self.repo_id,
+                        name,
+                        revision=self.commit,
+                        cache_dir=self._cache_dir,
+                        endpoint=self._endpoint,
+                        library_name="sae-core",
+                        force_download=again,
                     )
                 )
+            blob = Path(path).resolve()
+            problem = checksum_problem(blob, blob.name)
+            if problem is None:
                 return
-            blob = self._cache / "blobs" / inside(known.etag)
-            lock = self._cache_dir / ".locks" / self._cache.name / f"{known.etag}.sae-core.lock"
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(lock):
-                if not blob.is_file():
-                    fetch(
-                        self._url(name),
-                        self._headers(),
-                        blob,
-                        size=known.size,
-                        etag=known.etag,
-                        label=name,
-                        patience=self._patience,
-                    )
-                _link(blob, self._snapshot / name)
+            _log.warning("%s: damaged in transfer (%s)", name, problem)
+            with self._cache_trouble():
+                Path(path).unlink(missing_ok=True)
+                blob.unlink(missing_ok=True)
+        raise FormatError(f"{name}: damaged in transfer, twice: {problem}; try later or from another network")
+
+    def _cache_trouble(self) -> AbstractContextManager[None]:
+        return trouble_with_cache(self._cache_dir)
 
     def _explained(self, name: str) -> AbstractContextManager[None]:
         return explained(self.repo_id, self.commit, self.files, name)
@@ -202,25 +248,6 @@ def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _has_xet() -> bool:
-    from importlib.util import find_spec
-
-    from huggingface_hub import constants
-
-    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
-
-
-def _link(blob: Path, place: Path) -> None:
-    """Make `place` a link to the blob, as huggingface_hub does, or a copy where there are no links."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        temporary.symlink_to(os.path.relpath(blob.resolve(), place.parent.resolve()))
-    except OSError:
-        shutil.copyfile(blob, temporary)
-    temporary.replace(place)
 
 
 def _write(path: Path, text: str) -> None:

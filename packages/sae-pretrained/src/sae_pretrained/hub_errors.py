@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sae_core.errors import FormatError, SaeCoreError
+from sae_core.format.trouble import explained as explained_system
+from sae_core.format.trouble import first_line
 
-__all__ = ["HubError", "explained", "near_names", "network_error", "offline_message", "status_of"]
+__all__ = ["HubError", "explained", "near_names", "network_error", "offline_message", "status_of", "trouble_with_cache"]
 
 
 class HubError(SaeCoreError, OSError):
@@ -49,6 +52,30 @@ def explained(
         raise HubError(_refused(place, error)) from error
     except network_error() as error:
         raise HubError(_away(place, error)) from error
+    except SaeCoreError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # huggingface_hub's own, for a body that is shorter or longer than was announced
+        raise HubError(f"{place}: {name}: the transfer failed: {first_line(error)}; try again later") from error
+
+
+@contextmanager
+def trouble_with_cache(cache_dir: Path) -> Generator[None]:
+    """Raise HubError in place of the system's errors while the cache is written; errors of the network pass."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (SaeCoreError, errors.HfHubHTTPError, network_error()):
+        raise
+    except OSError as error:
+        if error.errno is None:  # not the system's, but one of huggingface_hub's
+            raise
+        raise HubError(
+            f"the cache of the Hub, {cache_dir}, {explained_system(error, 'writing')} (HF_HUB_CACHE names another place)"
+        ) from error
 
 
 def network_error() -> type[Exception]:

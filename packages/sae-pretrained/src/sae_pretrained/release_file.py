@@ -28,6 +28,7 @@ and YAML (those of users).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -39,6 +40,7 @@ from sae_core.protocols import CatalogueEntry
 __all__ = ["parse_release", "sort_key"]
 
 _RELEASE_KEYS = ("repository", "model", "format", "revision", "model_revision", "links", "overrides", "saes")
+_MOST = 100_000  # SAEs in one group; the largest release that is known has some thousand
 _TEMPLATES = ("id", "path", "neuronpedia")
 _NUMBERS = ("l0", "variance_explained", "norm_scaling_factor")
 _GROUP_KEYS = (*_TEMPLATES, *_NUMBERS, "overrides", "columns", "rows")
@@ -136,6 +138,7 @@ def _table(group: Mapping[str, Any], where: str) -> tuple[list[str], Iterator[tu
 
 
 def _rows(text: str, columns: list[str], where: str) -> Iterator[tuple[str, ...]]:
+    total = 0
     for line in text.splitlines():
         cells = line.split()
         if cells and len(cells) != len(columns):
@@ -143,15 +146,23 @@ def _rows(text: str, columns: list[str], where: str) -> Iterator[tuple[str, ...]
                 f"{where}: {line!r} has {len(cells)} cells for {len(columns)} columns ({' '.join(columns)})"
             )
         if cells:
-            yield from product(*map(_alternatives, cells))
+            ways = [_alternatives(cell, f"{where}: {line!r}") for cell in cells]
+            total += math.prod(map(len, ways))
+            if total > _MOST:
+                raise ConfigError(f"{where}: {line!r}: more than {_MOST} SAEs in one group; are its ranges right?")
+            yield from product(*ways)
 
 
-def _alternatives(cell: str) -> list[str]:
-    """``16k,65k`` and ``0..25`` and ``""``, written out."""
+def _alternatives(cell: str, where: str) -> list[str]:
+    """``16k,65k`` and ``0..25`` and ``""``, written out. Raises ConfigError for ranges that are empty or too long."""
     written: list[str] = []
     for part in cell.split(","):
         first, dots, last = part.partition("..")
-        if dots and first.isdigit() and last.isdigit():
+        if dots and first.isdecimal() and last.isdecimal():
+            if max(len(first), len(last)) > 9 or int(last) - int(first) >= _MOST:
+                raise ConfigError(f"{where}: the range {part} has more than {_MOST} numbers")
+            if int(last) < int(first):
+                raise ConfigError(f"{where}: the range {part} is empty; the smaller number comes first")
             written.extend(map(str, range(int(first), int(last) + 1)))
         else:
             written.append("" if part == '""' else part)

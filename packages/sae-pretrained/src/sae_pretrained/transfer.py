@@ -1,15 +1,14 @@
-"""Bytes from the Hub to disk: try again when it makes sense, resume where it stopped, and trust nothing unchecked.
+"""What huggingface_hub does not do: byte ranges of files, waiting as long as the server says, and checking what arrived.
 
-A download grows in a file beside the cache's blobs, so that a lost connection, a closed laptop or a killed process costs
-only what was on the wire. It takes its place in the cache when its size and its checksum are those the Hub states. Files
-in Xet storage go through huggingface_hub, whose protocol for them is faster and checks every chunk.
+Whole files are huggingface_hub's job: its cache, its resumption within a process, its transfers from Xet storage. It has no
+way to read just the few kilobytes at the start of a file that hold the shapes of its tensors, it gives up on a server that asks
+for a minute's patience, and of what arrives it compares sizes, not checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -17,23 +16,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, final
-
-from sae_core.errors import FormatError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sae_pretrained.hub_errors import network_error, status_of
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-__all__ = ["Patience", "checksum_problem", "fetch", "fetch_range"]
+__all__ = ["Patience", "checksum_problem", "fetch_range", "states_checksum"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHUNK = 1 << 20
-_SHOW_PROGRESS_FROM = 5_000_000  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +62,7 @@ class Patience:
         status = status_of(error)
         if status is not None:
             return status in _TRANSIENT_STATUS and (_retry_after(error) or 0) <= self.longest_wait
-        return isinstance(error, (network_error(), _CutOffError))
+        return isinstance(error, network_error())
 
     def _wait(self, state: RetryCallState) -> float:
         import tenacity
@@ -85,37 +81,6 @@ class Patience:
         _log.warning("%s; waiting %.1f s (attempt %d of %d)", what, wait, state.attempt_number, self.attempts)
 
 
-class _CutOffError(Exception):
-    """The connection ended before the file did."""
-
-
-class _ProgressError(Exception):
-    """An attempt failed, but not before it had brought something."""
-
-
-def fetch(
-    url: str, headers: dict[str, str], target: Path, *, size: int | None, etag: str, label: str, patience: Patience
-) -> None:
-    """Download `url` to `target`, continuing an earlier attempt; `size` and `etag` are what the Hub says the file has.
-
-    Raises FormatError when what arrives does not have the stated checksum, twice, and huggingface_hub's errors or those of
-    the HTTP library when patience ends.
-    """
-    partial = target.with_name(f"{target.name}.sae-core-partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _Progress(label, size) as progress:
-        for attempts_left in (1, 0):
-            _receive(url, headers, partial, size, patience, progress)
-            problem = checksum_problem(partial, etag, size)
-            if problem is None:
-                partial.replace(target)
-                return
-            partial.unlink()
-            if not attempts_left:
-                raise FormatError(f"{label}: damaged in transfer, twice: {problem}; try later or from another network")
-            _log.warning("%s: damaged in transfer (%s); once more from the start", label, problem)
-
-
 def fetch_range(url: str, headers: dict[str, str], start: int, stop: int, patience: Patience) -> bytes:
     """Bytes [start, stop) of `url`; fewer where the file ends before `stop`. Not more is read than needed."""
 
@@ -132,6 +97,15 @@ def fetch_range(url: str, headers: dict[str, str], start: int, stop: int, patien
             return bytes(received[skip : skip + stop - start])
 
     return patience.call(once)
+
+
+def states_checksum(etag: str) -> bool:
+    """Whether an etag is a checksum: the Hub's are, another server may make them as it likes.
+
+    >>> states_checksum("0" * 40), states_checksum("5f3-62b")
+    (True, False)
+    """
+    return re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag) is not None
 
 
 def checksum_problem(path: Path, etag: str, size: int | None = None) -> str | None:
@@ -159,49 +133,6 @@ def checksum_problem(path: Path, etag: str, size: int | None = None) -> str | No
     return None if digest.hexdigest() == etag else f"{name} {digest.hexdigest()} instead of {etag}"
 
 
-def _receive(
-    url: str, headers: dict[str, str], partial: Path, size: int | None, patience: Patience, progress: _Progress
-) -> None:
-    """Append to `partial` until the file is whole; every attempt that brings bytes renews the patience."""
-
-    def once() -> None:
-        have = _size(partial)
-        try:
-            _append(url, headers, partial, size, progress)
-        except Exception as error:
-            if patience.may_pass(error) and _size(partial) > have:
-                raise _ProgressError from error
-            raise
-
-    while True:
-        try:
-            return patience.call(once)
-        except _ProgressError as error:
-            _log.warning("connection lost after %d bytes (%s); going on from there", _size(partial), error.__cause__)
-
-
-def _append(url: str, headers: dict[str, str], partial: Path, size: int | None, progress: _Progress) -> None:
-    have = _size(partial)
-    if size is not None and have >= size:
-        return
-    with _response(url, {**headers, "Range": f"bytes={have}-"} if have else headers) as response:
-        if response.status_code == 416:  # nothing is left to send, or the partial file is not of this one
-            if size is None:
-                return
-            partial.unlink()
-            raise _CutOffError(f"the server has no bytes from {have} on")
-        resumed = response.status_code == 206
-        with partial.open("ab" if resumed else "wb") as file:
-            progress.at(have if resumed else 0)
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-                progress.at(file.tell())
-            file.flush()
-            os.fsync(file.fileno())
-    if size is not None and _size(partial) < size:
-        raise _CutOffError(f"{_size(partial)} of {size} bytes arrived")
-
-
 @contextmanager
 def _response(url: str, headers: dict[str, str]) -> Generator[Any]:
     """An open response; huggingface_hub's errors for what is not 200, 206 or 416."""
@@ -221,34 +152,12 @@ def _retry_after(error: BaseException) -> float | None:
     text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)
+    if not text:
+        return None
     try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(tz=UTC)).total_seconds()) if text else None
+        when = parsedate_to_datetime(text)
     except ValueError:
         return None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-@final
-class _Progress:
-    """A progress bar for files worth one, if the user wants bars and looks at a terminal."""
-
-    def __init__(self, label: str, size: int | None) -> None:
-        from huggingface_hub.utils import are_progress_bars_disabled
-        from tqdm import tqdm
-
-        small = size is not None and size < _SHOW_PROGRESS_FROM
-        off = True if small or are_progress_bars_disabled() else None  # None: off unless on a terminal
-        self._bar = tqdm(total=size, desc=label, unit="B", unit_scale=True, unit_divisor=1000, disable=off)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def at(self, position: int) -> None:
-        """Show that the file has grown to `position` bytes."""
-        self._bar.update(position - self._bar.n)
+    if when.tzinfo is None:  # a date without a zone means UTC, as everywhere in HTTP
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(tz=UTC)).total_seconds())

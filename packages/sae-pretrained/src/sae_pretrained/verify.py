@@ -19,7 +19,7 @@ from sae_core.format.pair import read_claim, tensor_problem
 from sae_core.format.trouble import trouble
 from sae_core.protocols import FileSource
 
-from sae_pretrained.transfer import checksum_problem
+from sae_pretrained.transfer import checksum_problem, states_checksum
 
 if TYPE_CHECKING:
     from sae_core.sae import SAE
@@ -107,7 +107,12 @@ def blob_findings(used: Mapping[str, Path]) -> list[str]:
         if blob.parent.name == "blobs":
             if problem := checksum_problem(blob, blob.name):
                 raise FormatError(f"{name}: the cached copy is damaged: {problem}; delete {blob} and download it again")
-            said.append(f"{name}: checksum as the Hub states it")
+            known = states_checksum(blob.name)
+            said.append(
+                f"{name}: checksum as the Hub states it"
+                if known
+                else f"{name}: unchecked, its server states no checksum"
+            )
     return said
 
 

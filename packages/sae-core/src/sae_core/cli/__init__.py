@@ -10,12 +10,13 @@ Exit codes: 0 done, 1 it went wrong (one message on stderr; SAE_CORE_TRACEBACK=1
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO, cast
 
 from sae_core.errors import PluginError, SaeCoreError
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings():
             code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison] - it is None where it was closed (>&-)
+            sys.stdout.flush()
         return code
     except SaeCoreError as error:
         if flag("SAE_CORE_TRACEBACK"):
@@ -51,8 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(["sae-core: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent too
+        _silence_stdout()
         return 141
+    except OSError as error:
+        if not _is_about_stdout(error) or flag("SAE_CORE_TRACEBACK"):
+            raise
+        _silence_stdout()
+        print(f"sae-core: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _is_about_stdout(error: OSError) -> bool:
+    """Whether it names no file: commands say which file they could not read or write."""
+    return error.filename is None and error.errno in (errno.EBADF, errno.ENOSPC, errno.EIO, errno.EPIPE)
+
+
+def _silence_stdout() -> None:
+    """So that the flush at exit is silent too."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -177,7 +177,9 @@ def build_sae(
     size = sum(tensor.numel() * tensor.element_size() for tensor in pool.values())
     from_file = set() if mmap or (mmap is None and size > MAPPED_FROM) else {_place(tensor) for tensor in pool.values()}
     kept = {key for key in pool if sae_class.declares(key) and sae_class.axis_in_files(key).keep_float32}
-    cast_to = common_dtype(tensor.dtype for key, tensor in pool.items() if tensor.is_floating_point() and key not in kept)
+    cast_to = common_dtype(
+        tensor.dtype for key, tensor in pool.items() if tensor.is_floating_point() and key not in kept
+    )
     _fill(sae, pool, where, as_device(device), cast_to if dtype is None else as_dtype(dtype))
     for tensor in (*sae.parameters(), *sae.buffers()):
         if from_file and not tensor.is_meta and _place(tensor) in from_file:

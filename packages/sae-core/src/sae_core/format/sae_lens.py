@@ -3,7 +3,7 @@
 Since SAELens 6, cfg.json holds the architecture's fields and everything else under ``metadata``. Before, it was one flat
 object in which fields of the SAE, the model and the training run stood side by side; `_upgrade` sorts those out.
 
-A field that the file lacks has the value that SAELens gives it (`_writers_default`), not that of a new SAE of ours: what this
+A field that the file lacks has the value that SAELens gives it (`_DEFAULTS`), not that of a new SAE of ours: what this
 project saves holds every field, so a gap is always somebody else's.
 
 Only what changes the forward pass is config. Facts about the model (`METADATA_FACTS`) are known beside the fields as well as
