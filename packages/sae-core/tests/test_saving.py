@@ -303,3 +303,64 @@ def test_a_name_that_the_system_does_not_take_is_one_error(tmp_path: Path, name:
     with pytest.raises(FormatError):
         SAE.load(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def trained(architecture: str, **fields: Any) -> SAE:
+    """An SAE after some steps, in train mode, with whatever moves in training having moved."""
+    sae = create(architecture, d_in=6, d_sae=12, seed=1, **fields).train()
+    if sae.normalization.learns:
+        sae.normalization.fit([X * 3])
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
+    for _ in range(5):
+        sae.training_step(X * 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sae.after_step()
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "beside"),
+    [
+        ("batchtopk", {"k": 2.5}, True),
+        ("matryoshka_batchtopk", {"k": 3, "matryoshka_widths": (4, 12)}, True),
+        ("standard", {"normalize_activations": "expected_average_only_in", "l1_coefficient": 0.3}, True),
+        ("standard", {"l1_coefficient": 0.3, "lp_norm": 0.8}, False),
+        ("jumprelu", {"jumprelu_bandwidth": 0.7, "l0_coefficient": 0.2}, False),
+    ],
+)
+def test_training_goes_on_with_what_was_saved(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], beside: bool
+) -> None:
+    sae = trained(architecture, **fields)
+    folder = sae.save(tmp_path / "sae")
+    assert (folder / "training_form.safetensors").exists() == beside
+    again = SAE.load(folder, form="training")
+    assert (again.architecture, again.training) == (architecture, True)
+    assert again.config == sae.config
+    assert {name: tensor.tolist() for name, tensor in again.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in sae.state_dict().items()
+    }
+    expected, found = sae.training_step(X), again.training_step(X)
+    assert torch.equal(found.loss, expected.loss)
+    if not beside:  # the inference form is the training form, and keeps the choices of the run
+        assert SAE.load(folder).config == sae.config
+
+
+def test_saving_another_sae_leaves_no_training_form_of_the_last_one(tmp_path: Path) -> None:
+    folder = trained("batchtopk", k=2).save(tmp_path / "sae")
+    training = (folder / "training_form.safetensors").read_bytes()
+    topk(1).save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    (folder / "training_form.safetensors").write_bytes(training)
+    with pytest.raises(FormatError, match="belongs to another save than sae_weights"):
+        SAE.load(folder, form="training")
+
+
+def test_a_training_form_that_is_not_there_is_asked_for_in_words(tmp_path: Path) -> None:
+    folder = trained("batchtopk", k=2).save(tmp_path / "sae")
+    (folder / "training_form.safetensors").unlink()
+    with pytest.raises(FormatError, match="trained as 'batchtopk' and saved as 'jumprelu'; the training form"):
+        SAE.load(folder, form="training")
+    assert SAE.load(folder).architecture == "jumprelu"

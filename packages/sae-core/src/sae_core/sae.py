@@ -542,7 +542,8 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
         The folder appears complete or not at all. An SAE of this format that is there already is replaced in one step, and
         other files in the folder stay; an SAE of another format, or somebody's cfg.json, is refused with FormatError unless
-        `overwrite`. Returns the path.
+        `overwrite`. What training needs and the inference form cannot hold (that of BatchTopK is JumpReLU) goes into one more
+        file, training_form.safetensors, for ``SAE.load(path, form="training")``. Returns the path.
         """
         from sae_core.format.write import save_sae
 
@@ -558,6 +559,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         overrides: Mapping[str, Any] | None = None,
         rows: Sequence[int] | None = None,
         mmap: bool | None = None,
+        form: Literal["inference", "training"] = "inference",
     ) -> SAE:
         """Load an SAE from a local folder or file in any format that an installed plugin reads.
 
@@ -565,11 +567,22 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         facts that the files lack, under names that the format's loader knows. `rows` are the latents to load, None for all;
         ConfigError for architectures in which latents compete, since some of them alone would have other values. `mmap` True
         maps the file into memory, so that nothing is read before it is used: the file must then stay as it is. False copies
-        it; None maps files of more than 64 MB. Raises
+        it; None maps files of more than 64 MB. `form` "training" gives the SAE as it was in training, in train mode: from the
+        file beside the inference form that `save` writes where the latter cannot hold it. Raises
         FormatError that names file and key when anything is missing, left over, of the wrong shape, or not finite.
         """
         from sae_core.format.read import load_sae
 
+        if form == "training":
+            from sae_core.format.training_form import load_training_form
+
+            if format is not None or overrides or rows is not None:
+                raise ConfigError(
+                    "form='training' is of SAEs that sae.save wrote: it takes neither format, overrides nor rows"
+                )
+            return load_training_form(Path(path), device=device, dtype=dtype)
+        if form != "inference":  # pyright: ignore[reportUnnecessaryComparison] - what callers give is not checked
+            raise ConfigError(f"form must be 'inference' or 'training', not {form!r}")
         return load_sae(
             Path(path), device=device, dtype=dtype, format=format, overrides=overrides, rows=rows, mmap=mmap
         )

@@ -21,6 +21,7 @@ __all__ = ["LocalFiles", "inside", "join", "parse_json", "read_json", "read_safe
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINING_FILE = "training_form.safetensors"
 
 
 def inside(name: str) -> str:

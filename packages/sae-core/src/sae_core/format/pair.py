@@ -29,7 +29,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_core.errors import FormatError
-from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, parse_json, read_json, read_safetensors
+from sae_core.format.files import (
+    CONFIG_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    join,
+    parse_json,
+    read_json,
+    read_safetensors,
+)
 from sae_core.format.trouble import trouble
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ __all__ = [
     "named_by",
     "read_claim",
     "read_pair",
+    "said_in_header",
     "settle",
     "sign",
     "temporary_name",
@@ -50,7 +59,9 @@ __all__ = [
 ]
 
 _KEY = "sae_core"  # one key: the library writes several in any order, and saving twice must give the same bytes
-_LEFT_BEHIND = re.compile(r"\.(?:cfg\.json|sae_weights\.safetensors)\.[A-Za-z0-9_]{8}(?:\.tmp)?")
+_LEFT_BEHIND = re.compile(
+    r"\.(?:cfg\.json|sae_weights\.safetensors|training_form\.safetensors)\.[A-Za-z0-9_]{8}(?:\.tmp)?"
+)
 _WAITS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds; a saver needs less between its two renames
 _STALE = 24 * 3600.0  # seconds after which a temporary file is nobody's, where there are no locks
 
@@ -79,18 +90,35 @@ def named_by(cfg: Mapping[str, Any], claim: Claim) -> dict[str, Any]:
 
 def read_claim(path: Path) -> Claim | None:
     """What the weights file says, or None when another writer made it. Raises FormatError when it has no header."""
-    with trouble(path, "reading"), path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= path.stat().st_size - 8:
-            return None  # not safetensors; whoever reads the tensors says so
-        header = start + file.read(length)
+    header = _header(path)
+    if header is None:  # not safetensors; whoever reads the tensors says so
+        return None
     try:
-        said = json.loads(json.loads(header[8:])["__metadata__"][_KEY])
+        said = _said(header)
         sums = {str(name): int(value) for name, value in said["crc32"].items()}
         return Claim(hashlib.sha256(header).hexdigest(), str(said["config"]), sums)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def said_in_header(path: Path) -> dict[str, Any] | None:
+    """What this project wrote into the header of a safetensors file; None when another writer made it."""
+    try:
+        return _said(_header(path) or b"")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _said(header: bytes) -> dict[str, Any]:
+    return dict(json.loads(json.loads(header[8:])["__metadata__"][_KEY]))
+
+
+def _header(path: Path) -> bytes | None:
+    """The header with the length before it; None for a file that is not safetensors."""
+    with trouble(path, "reading"), path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        return start + file.read(length) if 2 <= length <= path.stat().st_size - 8 else None
 
 
 def read_pair(source: FileSource, folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -130,6 +158,11 @@ def settle(folder: Path) -> None:
         for path, cfg in _pending(folder):
             if _belongs(cfg, claim):
                 path.replace(folder / CONFIG_FILE)
+                break
+    if claim is not None:
+        for path in folder.glob(f".{TRAINING_FILE}.*"):
+            if (said_in_header(path) or {}).get("weights") == claim.header:
+                path.replace(folder / TRAINING_FILE)
                 break
     for path in folder.iterdir():
         if _LEFT_BEHIND.fullmatch(path.name) and (_can_lock() or _age(path) > _STALE):

@@ -132,6 +132,7 @@ class SaeLensLoader:
         cfg |= {key: value for key, value in facts.items() if key in fields}
         metadata |= {key: value for key, value in facts.items() if key not in fields}
         config = _sort(cfg, architecture, metadata, fields, where)
+        config = _as_trained(config, architecture, metadata, sae_class)
         if architecture == written:
             config = {**{key: value for key, value in _DEFAULTS.items() if key in fields}, **config}
         if weights:
@@ -139,6 +140,19 @@ class SaeLensLoader:
         if rows is not None:
             _take_rows(tensors, config, rows, sae_class, where)
         return LoadedSAE(architecture, config, tensors, metadata, activation_scale=scale)
+
+
+def _as_trained(
+    config: dict[str, Any], architecture: str, metadata: Mapping[str, Any], sae_class: type[SAE]
+) -> dict[str, Any]:
+    """`config` with the fields that only training reads, as the run had them that `sae.save` recorded."""
+    ours = metadata.get("sae_core")
+    recorded = cast("Mapping[str, Any]", ours).get("training_config") if isinstance(ours, Mapping) else None
+    if not isinstance(recorded, Mapping) or metadata.get("training_architecture") != architecture:
+        return config
+    known = cast("Mapping[str, Any]", recorded)
+    names = [field.name for field in dataclasses.fields(sae_class.config_class) if field.metadata.get("training")]
+    return {**{name: known[name] for name in names if name in known}, **config}
 
 
 def _take_rows(

@@ -25,11 +25,12 @@ from torch import Tensor
 from sae_core.config import default_of, unstructure
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
-from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, LocalFiles
-from sae_core.format.pair import locked, named_by, read_claim, settle, sign, temporary_name
+from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles
+from sae_core.format.pair import locked, named_by, read_claim, said_in_header, settle, sign, temporary_name
 from sae_core.format.plain import plain
 from sae_core.format.read import recognised
 from sae_core.format.sae_lens_names import to_sae_lens
+from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
 from sae_core.plugins import get_registry
 from sae_core.sae import SAE, Export, SAEConfig
@@ -47,29 +48,30 @@ def save_sae(sae: SAE, path: Path, *, overwrite: bool = False) -> Path:
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in exported.tensors.items()}
     _check_finite(tensors, path)
+    training = sae if needs_training_form(sae, exported) else None
     with trouble(path, "writing"):
         if path.exists() and not path.is_dir():
             raise FormatError(f"{path}: cannot save an SAE there, it is a file; give a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_dir():
             _sweep_folders(path)
-            if _write_new(path, cfg, tensors):
+            if _write_new(path, cfg, tensors, training):
                 return path
         with locked(path):
             settle(path)
             if not overwrite:
                 _refuse_strangers(path)
-            _write_into(path, cfg, tensors)
+            _write_into(path, cfg, tensors, training)
     return path
 
 
-def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}."[:200], suffix=".tmp", dir=path.parent))
     try:
         with locked(temporary):  # so that nobody sweeps it
             temporary.chmod(0o777 & ~_umask())
-            _write_into(temporary, cfg, tensors)
+            _write_into(temporary, cfg, tensors, training)
             try:
                 temporary.rename(path)
             except OSError:
@@ -126,7 +128,7 @@ def inference_config(sae: SAE, exported: Export) -> dict[str, Any]:
             "provider": {"distribution": provider.distribution, "version": provider.version},
         },
     }
-    if "training_config" not in metadata["sae_core"]:
+    if metadata["training_architecture"] == sae.architecture or "training_config" not in metadata["sae_core"]:
         metadata["sae_core"]["training_config"] = unstructure(sae.config)
     return {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata, "architecture": architecture}
 
@@ -156,25 +158,38 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _sync_folder(path.parent)
 
 
-def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> None:
     from safetensors.torch import save_file
 
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
+    trained = _temporary(folder, TRAINING_FILE) if training is not None else None
     try:
         save_file(tensors, weights, metadata=sign(cfg, tensors))
         claim = read_claim(weights)
         assert claim is not None
         text = json.dumps(named_by(cfg, claim), indent=2, ensure_ascii=False, allow_nan=False)
         config.write_text(text + "\n", encoding="utf-8")
-        for path in (weights, config):
+        if training is not None and trained is not None:
+            save_file(training_tensors(training), trained, metadata=training_header(training, claim.header))
+        for path in (weights, config, *([trained] if trained else [])):
             _sync(path)
             path.chmod(0o666 & ~_umask())
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
+        if trained is not None:
+            trained.replace(folder / TRAINING_FILE)
+        else:
+            _remove_training_form(folder / TRAINING_FILE)
     finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+        for path in (weights, config, *([trained] if trained else [])):
+            path.unlink(missing_ok=True)
     _sync_folder(folder)
+
+
+def _remove_training_form(path: Path) -> None:
+    """Remove what belongs to the SAE that was here; a file of this name that is not ours stays."""
+    if path.is_file() and said_in_header(path) is not None:
+        path.unlink(missing_ok=True)
 
 
 def _temporary(folder: Path, name: str) -> Path:

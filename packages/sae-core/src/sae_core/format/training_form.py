@@ -1,0 +1,94 @@
+"""The training form of an SAE beside its inference form, where the latter cannot hold it.
+
+What is saved is what other tools read: BatchTopK becomes JumpReLU, a scaling learnt from data moves into the weights. Whoever
+wants to train on needs the form before that. It is one more file, training_form.safetensors, with the parameters, buffers and
+statistics as training has them, the architecture and its config in its header, and the digest of the weights it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from sae_core.config import structure, unstructure
+from sae_core.errors import FormatError
+from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles, read_safetensors
+from sae_core.format.pair import read_pair, said_in_header
+from sae_core.format.tensors import plain_tensor
+from sae_core.plugins import get_registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sae_core.sae import SAE, Export
+
+__all__ = ["load_training_form", "needs_training_form", "training_header", "training_tensors"]
+
+
+def needs_training_form(sae: SAE, exported: Export) -> bool:
+    """Whether the inference form leaves out more than the choices of a training run, which the metadata keep."""
+    return exported.architecture != sae.architecture or len(sae.state_dict()) > len(sae.tensors())
+
+
+def training_tensors(sae: SAE) -> dict[str, Tensor]:
+    """Everything that a module of this architecture and config needs to go on where `sae` is."""
+    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sae.state_dict().items()}
+
+
+def training_header(sae: SAE, weights: str) -> dict[str, str]:
+    """The ``__metadata__`` of the file; `weights` is the digest of the weights that it belongs to."""
+    provider = get_registry().provider_of("architecture", type(sae))
+    said = {
+        "architecture": sae.architecture,
+        "config": unstructure(sae.config),
+        "provider": provider.distribution,
+        "weights": weights,
+    }
+    return {"sae_core": json.dumps(said, sort_keys=True)}
+
+
+def load_training_form(
+    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+) -> SAE:
+    """The SAE in `path` as it was in training, in train mode.
+
+    That is the inference form itself where it holds everything. Raises FormatError where it does not and there is no training
+    form, or one of another save.
+    """
+    from sae_core.format.read import load_sae
+    from sae_core.sae import as_device, as_dtype
+
+    sae = load_sae(path, device=device, dtype=dtype, format="sae_lens")
+    file = path / TRAINING_FILE
+    said = said_in_header(file) if file.is_file() else None
+    if said is None:
+        trained_as = sae.metadata.get("training_architecture", sae.architecture)
+        if trained_as != sae.architecture:
+            raise FormatError(
+                f"{path}: it was trained as {trained_as!r} and saved as {sae.architecture!r}; the training form "
+                f"({TRAINING_FILE}) is not beside it, so training cannot go on where it was"
+            )
+        return sae.train()
+    cfg, _ = read_pair(LocalFiles(path), "")
+    if said.get("weights") != cfg.get("metadata", {}).get("sae_core", {}).get("weights"):
+        raise FormatError(
+            f"{file}: it belongs to another save than {WEIGHTS_FILE} and {CONFIG_FILE}; remove it, or save again"
+        )
+    name, provider = str(said.get("architecture")), str(said.get("provider", ""))
+    known = name if provider in ("", "sae-core", "local") else f"{provider}:{name}"
+    sae_class = cast("type[SAE]", get_registry().resolve("architecture", known))
+    config = said.get("config")
+    trained = sae_class(structure(cast("Mapping[str, Any]", config), sae_class.config_class, where=f"{file}: config"))
+    tensors = {key: plain_tensor(tensor, key, str(file)) for key, tensor in read_safetensors(file).items()}
+    wanted = trained.state_dict()
+    for key in sorted({*wanted, *tensors}):
+        if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape:
+            raise FormatError(f"{file}: tensor {key!r} does not fit architecture {name!r} of this config")
+    trained.load_state_dict(tensors, assign=True)
+    if dtype is not None:
+        trained.to(as_dtype(dtype))
+    trained.metadata = dict(sae.metadata)
+    return trained.to(as_device(device)).train()
