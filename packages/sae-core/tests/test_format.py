@@ -228,6 +228,18 @@ def test_an_architecture_that_is_not_installed_names_the_package_to_install(save
         SAE.load(saved)
 
 
+@pytest.mark.parametrize("version", ["0.3'; rm -rf ~; '", "$(reboot)", "1\n2", ""])
+def test_what_a_file_says_of_its_provider_is_never_part_of_a_command(saved: Path, version: str) -> None:
+    metadata = json.loads((saved / "cfg.json").read_text())["metadata"]
+    metadata["sae_core"]["provider"] = {"distribution": "sae-cubic", "version": version}
+    edit_config(saved, architecture="cubic", metadata=metadata)
+    with pytest.raises(
+        UnknownNameError, match="which is not installed; look for it where the file came from"
+    ) as caught:
+        SAE.load(saved)
+    assert version == "" or version not in str(caught.value).partition("pip install")[2]
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "a\\b", ""])
 def test_file_names_stay_inside_their_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError, match="not a relative path"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -55,6 +56,7 @@ _TRAINING_FACTS = frozenset(
         "use_sparse_activations",
     }
 )
+_NAME, _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*"), re.compile(r"[0-9][0-9A-Za-z.+!]*")
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 _FLAT_FACTS = METADATA_FACTS | {
     "dataset_trust_remote_code",
@@ -240,9 +242,15 @@ def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[S
     except UnknownNameError as error:
         package, version = _provider(metadata)
         if package and not _is_installed(package):
+            named = _NAME.fullmatch(package) and _VERSION.fullmatch(version)  # a file may say anything here
+            how = (
+                f"install it with: pip install '{package}>={version}'"
+                if named
+                else "look for it where the file came from"
+            )
             raise UnknownNameError(
-                f"{where}: architecture {architecture!r} is provided by {package} {version}, which is not installed; "
-                f"install it with: pip install '{package}>={version}'. ({error})"
+                f"{where}: architecture {architecture!r} is provided by {package if named else repr(package)} "
+                f"{version if named else repr(version)}, which is not installed; {how}. ({error})"
             ) from None
         raise UnknownNameError(f"{where}: {error}") from None
 

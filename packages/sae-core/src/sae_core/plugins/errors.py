@@ -62,7 +62,9 @@ def unknown_name(kind: str, name: str, known: Sequence[str], plugins: Sequence[P
     ):
         states = {plugin.state for plugin in plugins if plugin.distribution == home}
         if not states:
-            lines.append(f"{bare!r} comes with {home}, which is not installed: pip install {home}")
+            import shlex  # needed only for messages
+
+            lines.append(f"{bare!r} comes with {home}, which is not installed: pip install {shlex.quote(home)}")
         elif "loaded" not in states:
             lines.append(f"{bare!r} comes with {home}, which is {', '.join(sorted(states))}; see below")
     lines += [plugin_trouble(plugin) for plugin in plugins if plugin.state in ("failed", "incompatible", "disabled")]
