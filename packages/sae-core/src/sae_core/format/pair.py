@@ -21,8 +21,7 @@ import os
 import re
 import struct
 import time
-import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from sae_core.format.files import (
     read_json,
     read_safetensors,
 )
+from sae_core.format.stream import crc32
 from sae_core.format.trouble import trouble
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Claim",
+    "header_digest",
     "locked",
     "named_by",
     "read_claim",
@@ -58,7 +59,7 @@ __all__ = [
     "tensor_problem",
 ]
 
-_KEY = "sae_core"  # one key: the library writes several in any order, and saving twice must give the same bytes
+_KEY = "sae_core"
 _LEFT_BEHIND = re.compile(
     r"\.(?:cfg\.json|sae_weights\.safetensors|training_form\.safetensors)\.[A-Za-z0-9_]{8}(?:\.tmp)?"
 )
@@ -72,20 +73,25 @@ class Claim:
 
     header: str
     config: str
-    sums: Mapping[str, int]
+    sums: Mapping[str, str]
 
 
-def sign(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The ``__metadata__`` of weights that belong to `cfg`; tensors are contiguous and on the CPU."""
-    sums = {name: _crc32(tensor) for name, tensor in sorted(tensors.items())}
-    return {_KEY: json.dumps({"config": _digest(cfg), "crc32": sums}, sort_keys=True)}
+def sign(cfg: Mapping[str, Any]) -> Callable[[Mapping[str, str]], str]:
+    """What the header of weights that belong to `cfg` says, given the checksums of the tensors by name."""
+    config = _digest(cfg)
+    return lambda sums: json.dumps({"config": config, "crc32": dict(sorted(sums.items()))})
 
 
-def named_by(cfg: Mapping[str, Any], claim: Claim) -> dict[str, Any]:
-    """`cfg` with the digest of its weights in it."""
+def named_by(cfg: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """`cfg` with the digest of its weights' header in it."""
     metadata = dict(cfg["metadata"])
-    metadata["sae_core"] = {**metadata["sae_core"], "weights": claim.header}
+    metadata["sae_core"] = {**metadata["sae_core"], "weights": weights}
     return {**cfg, "metadata": metadata}
+
+
+def header_digest(header: bytes) -> str:
+    """SHA-256 of a safetensors header and the length before it."""
+    return hashlib.sha256(header).hexdigest()
 
 
 def read_claim(path: Path) -> Claim | None:
@@ -95,8 +101,8 @@ def read_claim(path: Path) -> Claim | None:
         return None
     try:
         said = _said(header)
-        sums = {str(name): int(value) for name, value in said["crc32"].items()}
-        return Claim(hashlib.sha256(header).hexdigest(), str(said["config"]), sums)
+        sums = {str(name): str(value) for name, value in said["crc32"].items()}
+        return Claim(header_digest(header), str(said["config"]), sums)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -214,7 +220,7 @@ def tensor_problem(path: Path) -> str | None:
     for name, expected in claim.sums.items():
         if name not in tensors:
             return f"tensor {name!r} is missing"
-        if _crc32(tensors.pop(name).contiguous()) != expected:
+        if crc32(tensors.pop(name).contiguous()) != expected:
             return f"tensor {name!r} has changed since it was saved (CRC-32)"
     return None
 
@@ -243,12 +249,6 @@ def _digest(cfg: Mapping[str, Any]) -> str:
         cfg = {**cfg, "metadata": kept}
     text = json.dumps(cfg, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _crc32(tensor: Tensor) -> int:
-    import torch
-
-    return zlib.crc32(cast("Any", tensor.detach().reshape(-1).view(torch.uint8).numpy()))
 
 
 def _pending(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:

@@ -8,7 +8,7 @@ statistics as training has them, the architecture and its config in its header, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,8 +38,8 @@ def training_tensors(sae: SAE) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sae.state_dict().items()}
 
 
-def training_header(sae: SAE, weights: str) -> dict[str, str]:
-    """The ``__metadata__`` of the file; `weights` is the digest of the weights that it belongs to."""
+def training_header(sae: SAE, weights: str) -> Callable[[Mapping[str, str]], str]:
+    """What the file's header says; `weights` is the digest of the weights that it belongs to."""
     provider = get_registry().provider_of("architecture", type(sae))
     said = {
         "architecture": sae.architecture,
@@ -47,7 +47,7 @@ def training_header(sae: SAE, weights: str) -> dict[str, str]:
         "provider": provider.distribution,
         "weights": weights,
     }
-    return {"sae_core": json.dumps(said, sort_keys=True)}
+    return lambda sums: json.dumps({**said, "crc32": dict(sorted(sums.items()))}, sort_keys=True)
 
 
 def load_training_form(

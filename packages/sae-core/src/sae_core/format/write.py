@@ -26,10 +26,20 @@ from sae_core.config import default_of, unstructure
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles
-from sae_core.format.pair import locked, named_by, read_claim, said_in_header, settle, sign, temporary_name
+from sae_core.format.pair import (
+    header_digest,
+    locked,
+    named_by,
+    read_claim,
+    said_in_header,
+    settle,
+    sign,
+    temporary_name,
+)
 from sae_core.format.plain import plain
 from sae_core.format.read import recognised
 from sae_core.format.sae_lens_names import to_sae_lens
+from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
 from sae_core.plugins import get_registry
@@ -159,18 +169,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> None:
-    from safetensors.torch import save_file
-
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
     try:
-        save_file(tensors, weights, metadata=sign(cfg, tensors))
-        claim = read_claim(weights)
-        assert claim is not None
-        text = json.dumps(named_by(cfg, claim), indent=2, ensure_ascii=False, allow_nan=False)
+        digest = header_digest(write_tensors(weights, tensors, sign(cfg)))
+        text = json.dumps(named_by(cfg, digest), indent=2, ensure_ascii=False, allow_nan=False)
         config.write_text(text + "\n", encoding="utf-8")
         if training is not None and trained is not None:
-            save_file(training_tensors(training), trained, metadata=training_header(training, claim.header))
+            write_tensors(trained, training_tensors(training), training_header(training, digest))
         for path in (weights, config, *([trained] if trained else [])):
             _sync(path)
             path.chmod(0o666 & ~_umask())
@@ -201,7 +207,8 @@ def _temporary(folder: Path, name: str) -> Path:
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        # a sum passes on every NaN and infinity, and may itself overflow: then look at each value
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise FormatError(f"{path}: not saved, tensor {name!r} holds NaN or infinite values")
 
 
