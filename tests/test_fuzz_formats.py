@@ -249,7 +249,6 @@ def mutate_tensors(good: Good, chance: random.Random) -> tuple[str, bool]:
             ),
             "meta": lambda: tensor.to("meta"),
             "a number": lambda: 3.5,  # pyright: ignore[reportReturnType]
-            "quantised": lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
         }
     how = chance.choice(sorted(changes))
     changed = changes[how]()

@@ -15,6 +15,7 @@ import sae_core.format.read as reading
 import torch
 from sae_core import SAE, create
 from sae_core.errors import ConfigError, FormatError
+from sae_core.format.tensors import plain_tensor
 from safetensors.torch import load_file, save_file
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
@@ -60,6 +61,26 @@ def test_tensors_of_several_precisions_become_one_that_holds_them_all(
     tolerance = 2e-2 if expected == torch.float16 else 1e-5
     torch.testing.assert_close(sae.encode(X).double(), acts, rtol=tolerance, atol=tolerance)
     assert SAE.load(saved, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "is quantised"),
+        (lambda: torch.eye(3).to_sparse(), "is stored as sparse_coo"),
+        (lambda: torch.ones(1).expand(3), "is a view that repeats its values"),
+        (lambda: torch.ones(3, device="meta"), "has a shape and no values"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_layouts_that_no_product_takes_are_refused_by_name(make: Callable[[], torch.Tensor], said: str) -> None:
+    with pytest.raises(FormatError, match=f"ae.pt: tensor 'W_enc' {said}"):
+        plain_tensor(make(), "W_enc", "ae.pt")
+
+
+def test_views_that_negate_or_conjugate_are_made_plain() -> None:
+    negated = torch._neg_view(torch.ones(3))
+    assert plain_tensor(negated, "W_enc", "ae.pt").numpy().tolist() == [-1.0, -1.0, -1.0]
 
 
 def maps(path: Path) -> bool:
