@@ -6,12 +6,14 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from sae_core import SAE
 from sae_core.errors import PluginError, UnknownNameError
 from sae_core.plugins import ArchitectureSpec, LoggerSpec, Registry, hookimpl
 from sae_core.plugins.finding import find_own_plugin
 from sae_core.plugins.manager import KINDS
 from sae_core.plugins.records import Candidate
 from sae_core.plugins.switches import Switches
+from sae_core.sae import SAEConfig
 from sae_core.testing import PluginFolder
 
 
@@ -66,7 +68,9 @@ def test_the_cores_names_are_reserved_and_a_strangers_claim_is_listed_as_conflic
 
 
 def test_a_name_that_two_strangers_give_must_be_picked() -> None:
-    found = registry(candidate("sae-foo", spec("cubic")), candidate("sae-goo", spec("cubic", "json:JSONDecoder")))
+    found = registry(
+        candidate("sae-foo", spec("cubic")), candidate("sae-goo", spec("cubic", "sae_core.architectures.topk:TopKSAE"))
+    )
     assert states(found) == {"sae-foo": "conflict", "sae-goo": "conflict"}
     assert [info.provides[0].name for info in found.plugins()] == ["cubic", "cubic"]
     with pytest.raises(UnknownNameError) as raised:
@@ -74,9 +78,9 @@ def test_a_name_that_two_strangers_give_must_be_picked() -> None:
     assert str(raised.value) == (
         "architecture 'cubic' is provided by 2 plugins; say which one is meant:\n"
         "  sae-foo:cubic  (sae-foo 1.0, collections:OrderedDict)\n"
-        "  sae-goo:cubic  (sae-goo 1.0, json:JSONDecoder)"
+        "  sae-goo:cubic  (sae-goo 1.0, sae_core.architectures.topk:TopKSAE)"
     )
-    assert found.resolve("architecture", "sae-goo:cubic").__name__ == "JSONDecoder"
+    assert found.resolve("architecture", "sae-goo:cubic").__name__ == "TopKSAE"
     assert found.names("architecture") == ["sae-foo:cubic", "sae-goo:cubic"]
 
 
@@ -132,7 +136,7 @@ def test_an_unknown_kind_is_an_error_with_the_known_ones() -> None:
 
 def test_a_class_is_imported_at_its_first_use_and_kept() -> None:
     module = ModuleType("counted")
-    module.__dict__["__getattr__"] = lambda name: uses.append(name) or type(name, (), {})
+    module.__dict__["__getattr__"] = lambda name: uses.append(name) or type(name, (SAE,), {"config_class": SAEConfig})
     uses: list[str] = []
     sys.modules["counted"] = module
     try:
@@ -180,7 +184,8 @@ def test_a_class_that_cannot_be_had_names_its_provider(
 
 
 def test_a_notebook_registers_a_single_spec(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cubic: ...
+    class Cubic(SAE):
+        config_class = SAEConfig
 
     cells = ModuleType("cells")  # as __main__ is in a notebook
     cells.__dict__["Cubic"] = Cubic

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sae_core.codes import DenseCodes, SparseCodes
     from sae_core.config import Schedule
     from sae_core.errors import SaeCoreError
+    from sae_core.plugins.hookspecs import hookimpl
     from sae_core.plugins.registry import list_plugins
     from sae_core.protocols import ActivationBatch
     from sae_core.sae import SAE, StepContext, StepOutput, create
@@ -34,6 +35,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "create",
+    "hookimpl",
     "list_plugins",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "TrainResult": "sae_core.training.trainer",
     "Trainer": "sae_core.training.trainer",
     "create": "sae_core.sae",
+    "hookimpl": "sae_core.plugins.hookspecs",
     "list_plugins": "sae_core.plugins.registry",
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from sae_core.errors import FormatError, UnknownNameError
+from sae_core.errors import FormatError, SaeCoreError, UnknownNameError
 from sae_core.protocols import Catalogue, CatalogueEntry, FileSource, KnowsBaseModels, LoadedSAE, Loader
 
 if TYPE_CHECKING:
@@ -76,20 +76,41 @@ def find_entry(
     Raises UnknownNameError when no catalogue knows the release, when several list it, or when it has no such SAE.
     """
     catalogues = all_catalogues() if catalogues is None else catalogues
-    listing = {name: catalogue for name, catalogue in catalogues.items() if release in catalogue.releases()}
+    listing = {name: catalogue for name, catalogue in catalogues.items() if release in _releases(name, catalogue)}
     if len(listing) > 1:
         raise UnknownNameError(
             f"release {release!r} is listed by several catalogues: {', '.join(listing)}; disable one"
         )
     refusals: list[str] = []
-    for catalogue in (listing or catalogues).values():
+    for name, catalogue in (listing or catalogues).items():
         try:
             return catalogue.lookup(release, sae_id), catalogue
         except UnknownNameError as refusal:
             refusals.append(str(refusal))
+        except SaeCoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one catalogue's trouble must not hide what the others have
+            refusals.append(_say(name, error))
     if listing:
         raise UnknownNameError(refusals[0])
     raise UnknownNameError(_unknown_release(release, catalogues, refusals))
+
+
+def _releases(name: str, catalogue: Catalogue) -> Sequence[str]:
+    """The catalogue's releases; none, with a PluginWarning, when it cannot say."""
+    try:
+        return catalogue.releases()
+    except Exception as error:  # noqa: BLE001 - one catalogue's trouble must not hide what the others have
+        _say(name, error)
+        return ()
+
+
+def _say(name: str, error: Exception) -> str:
+    from sae_core.plugins import PluginWarning
+
+    said = f"the catalogue {name!r} cannot be used: {type(error).__name__}: {error}"
+    warnings.warn(PluginWarning(said), stacklevel=3)
+    return said
 
 
 def all_catalogues() -> dict[str, Catalogue]:
@@ -166,7 +187,7 @@ def _unknown_release(release: str, catalogues: Mapping[str, Catalogue], refusals
         return f"unknown release {release!r}: no catalogue is installed; pip install sae-pretrained"
     if "/" in release:  # each catalogue said why it has no such repository
         return "\n".join(dict.fromkeys(refusals))
-    known = sorted({name for catalogue in catalogues.values() for name in catalogue.releases()})
+    known = sorted({known for name, catalogue in catalogues.items() for known in _releases(name, catalogue)})
     return f"unknown release {release!r}; {_near(release, known)}\nall of them: sae-core pretrained list"
 
 

@@ -215,7 +215,8 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
     A class says of itself: `AXES`, its parameters and buffers by name (a pattern like ``layers.*`` names several);
     `independent_latents`, a latent's value does not depend on the other latents, so that some of them can be loaded alone;
-    `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled.
+    `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
+    `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`.
     """
 
     architecture: ClassVar[str]
@@ -223,6 +224,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     AXES: ClassVar[Mapping[str, Axis]]
     independent_latents: ClassVar[bool] = False
     reads_sequences: ClassVar[bool] = False
+    has_encoder_product: ClassVar[bool] = False
     config: ConfigT_co
 
     def __init__(self, config: ConfigT_co) -> None:

@@ -121,6 +121,7 @@ class LinearSAE(SAE[C], ABC):
     }
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     folds: ClassVar[bool] = False
+    has_encoder_product: ClassVar[bool] = True
     W_skip: nn.Parameter | None
 
     def __init__(self, config: C) -> None:

@@ -98,6 +98,7 @@ class TemporalSAE(SAE[TemporalConfig]):
         "attn_layers.*": Axis(None),
     }
     reads_sequences: ClassVar[bool] = True
+    has_encoder_product: ClassVar[bool] = True
     encoder: nn.Parameter | None
 
     def __init__(self, config: TemporalConfig) -> None:

@@ -123,10 +123,12 @@ class SaeLensLoader:
             raise FormatError(f"{where}: 'architecture' must name one, found {written!r}")
         if not _by_a_plugin(metadata):
             written, cfg = from_sae_lens(written, cfg)
-        architecture = _of_its_provider(written, metadata)
+        claimed = (overrides or {}).get("architecture")
+        architecture = _of_its_provider(written, metadata) if claimed is None else str(claimed)
         sae_class = _class(architecture, metadata, where)
         fields = {field.name for field in dataclasses.fields(sae_class.config_class)}
-        facts = known_facts(overrides, "sae_lens", {"norm_scaling_factor", *fields})
+        facts = known_facts(overrides, "sae_lens", {"architecture", "norm_scaling_factor", *fields})
+        facts.pop("architecture", None)
         ignored = facts.pop("ignore_keys", None) or []
         scale = facts.pop("norm_scaling_factor", None)
         cfg = {key: value for key, value in cfg.items() if key not in ignored or key in fields}
@@ -241,6 +243,12 @@ def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[S
         return cast("type[SAE]", get_registry().resolve("architecture", architecture))
     except UnknownNameError as error:
         package, version = _provider(metadata)
+        if package == "local":
+            raise UnknownNameError(
+                f"{where}: architecture {architecture!r} was registered by the program that saved this, not by an installed "
+                "plugin; register it here too (get_registry().register), or say who provides it now: "
+                f"overrides={{'architecture': 'distribution:name'}}. ({error})"
+            ) from None
         if package and not _is_installed(package):
             named = _NAME.fullmatch(package) and _VERSION.fullmatch(version)  # a file may say anything here
             how = (
@@ -250,13 +258,14 @@ def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[S
             )
             raise UnknownNameError(
                 f"{where}: architecture {architecture!r} is provided by {package if named else repr(package)} "
-                f"{version if named else repr(version)}, which is not installed; {how}. ({error})"
+                f"{version if named else repr(version)}, which is not installed; {how}; if it has another name now, load with "
+                f"overrides={{'architecture': 'distribution:name'}}. ({error})"
             ) from None
         raise UnknownNameError(f"{where}: {error}") from None
 
 
 def _by_a_plugin(metadata: Mapping[str, Any]) -> bool:
-    return _provider(metadata)[0] not in ("", "sae-core", "local")
+    return _provider(metadata)[0] not in ("", "sae-core")
 
 
 def _of_its_provider(architecture: str, metadata: Mapping[str, Any]) -> str:

@@ -61,7 +61,11 @@ def unknown_name(kind: str, name: str, known: Sequence[str], plugins: Sequence[P
         [canonical(owner)] if colon else [d for d, gives in OUR_EXTENSIONS.items() if names in _all(gives, kind)]
     ):
         states = {plugin.state for plugin in plugins if plugin.distribution == home}
-        if not states:
+        if home == "local":
+            lines.append(
+                f"{bare!r} was registered in a program of its own; register it here too: get_registry().register(...)"
+            )
+        elif not states:
             import shlex  # needed only for messages
 
             lines.append(f"{bare!r} comes with {home}, which is not installed: pip install {shlex.quote(home)}")

@@ -25,6 +25,7 @@ from sae_core.plugins.errors import PluginWarning, ambiguous_name, one_line, plu
 from sae_core.plugins.finding import find_plugins, version_problem
 from sae_core.plugins.hookspecs import hookimpl, new_manager
 from sae_core.plugins.manager import HOOKS, KINDS, IncompatibleError, Tried, try_plugin
+from sae_core.plugins.promises import missing_of
 from sae_core.plugins.records import CORE, Candidate, Contribution, PluginInfo, State, canonical
 from sae_core.plugins.specs import Spec
 from sae_core.plugins.switches import Switches
@@ -279,6 +280,8 @@ def _import_target(contribution: Contribution) -> type:
         raise PluginError(f"{what}: target {spec.target!r}: {module_name!r} has no {attribute!r}{near}") from None
     if not isinstance(found, type):
         raise PluginError(f"{what}: target {spec.target!r} is not a class but {type(found).__name__}")
+    if lacking := missing_of(spec.kind, found):
+        raise PluginError(f"{what}: {lacking}")
     return found
 
 

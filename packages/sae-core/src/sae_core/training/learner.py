@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from sae_core.config import structure, unstructure
+from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
@@ -48,6 +48,11 @@ class Learner:
     """
 
     def __init__(self, sae: SAE, config: TrainConfig, wiring: Wiring | None = None) -> None:
+        require(
+            config.encoder_product == "full" or sae.has_encoder_product,
+            f"encoder_product: {config.encoder_product} makes no difference to {sae.architecture}, which has no large encoder "
+            "product of the ops; remove it",
+        )
         self.sae = sae
         self.config = config
         self._wiring = wiring
@@ -75,9 +80,13 @@ class Learner:
     @property
     def looks_ahead(self) -> bool:
         """Whether `initialise` wants to see the first samples."""
+        return not self.ready or self._wants_b_dec
+
+    @property
+    def ready(self) -> bool:
+        """Whether the normalisations have what they need."""
         targets = self.sae.target_normalization
-        fitted = self.sae.normalization.fitted and (targets is None or targets.fitted)
-        return not fitted or self._wants_b_dec
+        return self.sae.normalization.fitted and (targets is None or targets.fitted)
 
     def initialise(self, first: Sequence[Batch]) -> None:
         """Start b_dec and the normalisation from the first batches, which are trained on afterwards."""

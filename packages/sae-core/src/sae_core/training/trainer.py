@@ -27,6 +27,7 @@ from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, Stream, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError
+from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.plugins import PluginWarning
 from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
@@ -217,6 +218,7 @@ class Trainer:
         try:
             with large_memory_is_kept(), self._progress_bar() as bar:
                 self._initialise(bar)
+                self._check_that_they_can_be_saved()
                 self._loop(bar)
             if not self._stop:  # a run that goes on later has no record here
                 for name in self.learners:
@@ -385,6 +387,12 @@ class Trainer:
         for learner in waiting:
             learner.initialise(first)
         bar.set_postfix_str("")
+
+    def _check_that_they_can_be_saved(self) -> None:
+        """Export every dictionary once: an export that cannot be loaded is known before training, not after days of it."""
+        for learner in self.learners.values():
+            if learner.steps == 0 and learner.ready:
+                exported(learner.sae)
 
     def _loop(self, bar: Any) -> None:
         while (active := self._active()) and not self._stop:
