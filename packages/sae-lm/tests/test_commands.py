@@ -141,7 +141,7 @@ def test_preview_shows_what_a_run_would_train_on(
     assert "[</s>]Document " in window
     assert main(["preview", str(run_file()), "--rows", "0"]) == 1
     assert main(["preview", str(run_file()), "--set", "source.name=synthetic"]) == 1
-    assert "preview shows 'huggingface'" in capsys.readouterr().err
+    assert "this command is for 'huggingface'" in capsys.readouterr().err
 
 
 def test_listing_the_plugin_imports_nothing_heavy() -> None:

@@ -168,7 +168,7 @@ def test_a_data_set_that_does_not_exist_is_one_clear_error(tmp_path: Path) -> No
         ({"mixture": [{}]}, "belong together"),
         ({"kind": "mixture", "mixture": [{"weight": 0.0}]}, "'weight' must be positive"),
         ({"kind": "mixture", "mixture": [{"held_out": 0.5}]}, "say it once"),
-        ({"kind": "mixture", "mixture": [{"kind": "mixture", "mixture": [{}]}]}, "is a mixture itself"),
+        ({"kind": "mixture", "mixture": [{"kind": "mixture", "mixture": [{}]}]}, "cannot be mixture"),
         ({"until": "last"}, "'until' belongs to kind: mixture"),
         ({"heldout": 0.1}, "did you mean 'held_out'"),
     ],

@@ -9,9 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lm.cached import CachedActivations, CachedActivationsConfig
+    from sae_lm.caching import write_cache
     from sae_lm.evaluate import Evaluation, evaluate_candidates, evaluate_sae
     from sae_lm.hooks import HookPoint, capture, edited, replaced
     from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
+    from sae_lm.pretokenized import pretokenize
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
     from sae_lm.splicing import Attached, Splice, attach, spliced
     from sae_lm.text import TextConfig, documents
@@ -21,6 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attached",
+    "CachedActivations",
+    "CachedActivationsConfig",
     "Edit",
     "Evaluation",
     "HookPoint",
@@ -40,16 +45,20 @@ __all__ = [
     "evaluate_candidates",
     "evaluate_sae",
     "keep_only",
+    "pretokenize",
     "preview",
     "replaced",
     "resolve",
     "scale",
     "spliced",
     "steer",
+    "write_cache",
 ]
 
 _HOMES = {
     "Attached": "sae_lm.splicing",
+    "CachedActivations": "sae_lm.cached",
+    "CachedActivationsConfig": "sae_lm.cached",
     "Edit": "sae_lm.latents",
     "Evaluation": "sae_lm.evaluate",
     "HookPoint": "sae_lm.hooks",
@@ -68,12 +77,14 @@ _HOMES = {
     "evaluate_candidates": "sae_lm.evaluate",
     "evaluate_sae": "sae_lm.evaluate",
     "keep_only": "sae_lm.latents",
+    "pretokenize": "sae_lm.pretokenized",
     "preview": "sae_lm.tokens",
     "replaced": "sae_lm.hooks",
     "resolve": "sae_lm.tokens",
     "scale": "sae_lm.latents",
     "spliced": "sae_lm.splicing",
     "steer": "sae_lm.latents",
+    "write_cache": "sae_lm.caching",
 }
 
 

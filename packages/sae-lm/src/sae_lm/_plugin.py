@@ -15,6 +15,11 @@ def sae_register_activation_sources() -> Iterator[ActivationSourceSpec]:
         target="sae_lm.source:HuggingFaceSource",
         summary="Activations of any Hugging Face model, by module path",
     )
+    yield ActivationSourceSpec(
+        name="activation_cache",
+        target="sae_lm.cached:CachedActivations",
+        summary="Activations from a cache on disk",
+    )
 
 
 @hookimpl
@@ -24,6 +29,11 @@ def sae_register_commands() -> Iterator[CommandSpec]:
         name="eval",
         target="sae_lm.cli.eval:Eval",
         summary="Evaluate a saved SAE in its language model on held-out text",
+    )
+    yield CommandSpec(
+        name="lm",
+        target="sae_lm.cli.lm:Lm",
+        summary="Pretokenise text, cache activations to disk",
     )
     yield CommandSpec(
         name="preview",

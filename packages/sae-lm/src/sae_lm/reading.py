@@ -94,6 +94,8 @@ def find_files(pattern: str, asked: FileFormat | None) -> list[tuple[Path, FileF
     if path.is_file():
         found = [path]
     elif path.is_dir():
+        if (path / "pretokenized.json").is_file():
+            raise ConfigError(f"text: {str(path)!r} holds pretokenised windows; set kind: pretokenized")
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             raise ConfigError(f"text: {str(path)!r} is a data set that save_to_disk wrote; set kind: dataset")
         inside = sorted(each for each in path.rglob("*") if each.is_file())

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -35,10 +36,11 @@ from sae_lm.hooks import HookPoint, capture, find_module
 from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of
 from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place
 from sae_lm.names import transformer_lens_name
+from sae_lm.pretokenized import check_policy
 from sae_lm.text import Part, TextConfig, documents, require_held_out
 from sae_lm.tokens import TokenPolicy, TokenRules, Windows, WindowStream, preview, resolve
 
-__all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "Site", "columns_of", "pick"]
+__all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "Site", "columns_of", "pick", "side_by_side"]
 
 log = logging.getLogger(__name__)
 
@@ -282,9 +284,14 @@ class HuggingFaceSource:
     @cached_property
     def _sample(self) -> dict[str, Tensor]:
         """The activation of one token at every place, which tells widths and precision; no more is run than that takes."""
+        return self.capture(self.one_token)
+
+    @property
+    def one_token(self) -> Windows:
+        """A window of one token, the BOS where there is one: enough to learn widths and precision from."""
         tokens_RC = torch.tensor([[0 if self.rules.bos_id is None else self.rules.bos_id]])
         everything = torch.ones_like(tokens_RC, dtype=torch.bool)
-        return self.capture(Windows(tokens_RC, everything, everything))
+        return Windows(tokens_RC, everything, everything)
 
     @property
     def sites(self) -> Mapping[str, int]:
@@ -320,12 +327,16 @@ class HuggingFaceSource:
 
     def windows(self, part: Part, *, rows: int | None = None, state: Mapping[str, Any] | None = None) -> WindowStream:
         """Windows of the training text or of the text held out from it, `rows` (by default `batch_prompts`) at a time."""
+        text = self.config.text
+        if text.kind == "pretokenized":
+            check_policy(Path(str(text.path)), self.rules, text.held_out)
         return WindowStream(
-            documents(self.config.text, part),
+            documents(text, part),
             self.rules,
             rows=rows or self.config.batch_prompts,
             tokenizer=self.tokenizer,
             state=state,
+            packing="rows" if text.kind == "pretokenized" else None,
         )
 
     def preview(self, rows: int = 2) -> str:
@@ -359,30 +370,40 @@ class HuggingFaceSource:
 
     def activations(self, windows: Windows) -> Tensor:
         """(positions that count, width) activations of `windows`, in the order of the windows; places side by side."""
-        # Found on the CPU, where the mask is: selecting by a mask on the device would have to wait for it.
-        counting_K = windows.kept.flatten().nonzero().squeeze(1)
-        return self._joined(self.capture(windows), counting_K, windows.kept.numel())
+        return side_by_side(self.by_site(windows, _counting(windows)))
+
+    def chosen(self, windows: Windows) -> Tensor:
+        """Numbers of the positions that are handed out: (positions that count,), or (sequences, positions) of full windows."""
+        if not self.config.sequences:
+            return _counting(windows)
+        positions = windows.tokens.shape[1]
+        full_F = windows.attended.all(1).nonzero().squeeze(1)
+        full_F = full_F if positions == self.config.context_size else full_F[:0]
+        return full_F.unsqueeze(1) * positions + torch.arange(self.config.context_size)[self._span]
+
+    def by_site(self, windows: Windows, chosen: Tensor) -> dict[str, Tensor]:
+        """(*chosen, width) activations of the chosen positions at every place, in the precision that is handed out."""
+        captured = self.capture(windows)
+        found: dict[str, Tensor] = {}
+        for site in self._stored:
+            rows = captured[site.name]
+            if chosen.numel() < windows.tokens.numel():
+                rows = rows[chosen.flatten().to(rows.device, non_blocking=True)]
+            if self.config.activation_dtype != "model":
+                rows = rows.to(getattr(torch, self.config.activation_dtype))
+            found[site.name] = rows.reshape(*chosen.shape, -1)
+        return found
 
     def _sequences(self, windows: Windows) -> Tensor:
         """(full windows, positions * width): a sequence a row."""
-        rows, positions = windows.tokens.shape
-        full_F = windows.attended.all(1).nonzero().squeeze(1)
-        if positions != self.config.context_size or not len(full_F):
-            full_F = full_F[:0]
-        numbers_FC = full_F.unsqueeze(1) * positions + torch.arange(positions)[self._span]
-        return self._joined(self.capture(windows), numbers_FC.flatten(), rows * positions).reshape(
-            len(full_F), sum(self.stored_sites.values()) * int(self.sequence_length or 0)
-        )
+        chosen = self.chosen(windows)
+        if not len(chosen):
+            return torch.empty(0, chosen.shape[1] * sum(self.stored_sites.values()), dtype=self._dtype)
+        return side_by_side(self.by_site(windows, chosen)).flatten(1)
 
-    def _joined(self, captured: Mapping[str, Tensor], chosen_K: Tensor, of: int) -> Tensor:
-        """The chosen positions of every place, side by side, in the precision that is handed out."""
-        parts = [captured[site.name] for site in self._stored]
-        if len(chosen_K) < of:
-            parts = [part[chosen_K.to(part.device, non_blocking=True)] for part in parts]
-        joined = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
-        if self.config.activation_dtype != "model":
-            joined = joined.to(getattr(torch, self.config.activation_dtype))
-        return joined
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return side_by_side(self.by_site(self.one_token, torch.tensor([0]))).dtype
 
     def batches(self, batch_size: int) -> Batches:
         """Shuffled batches of `batch_size` activations, until the passes over the text are used up; `Resumable`.
@@ -428,7 +449,7 @@ class HuggingFaceSource:
 
     def _new_buffer(self, rows: int, positions: int) -> ShuffleBuffer:
         config = self.config
-        sample = self._joined(self._sample, torch.tensor([0]), 1)
+        sample = side_by_side(self.by_site(self.one_token, torch.tensor([0])))
         device = sample.device if config.buffer_device == "model" else place(config.buffer_device)
         with explaining_memory(f"a shuffle buffer of {rows * positions:,} activations", "buffer_rows"):
             return ShuffleBuffer(rows, sample.shape[1] * positions, seed=config.seed, dtype=sample.dtype, device=device)
@@ -436,7 +457,7 @@ class HuggingFaceSource:
     def _open_pass(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Chunk]:
         stream = self.windows("train", state=state)
         for windows in islice(stream, skip, None):  # skipped windows are tokenised and not run
-            rows = self._sequences(windows) if self.config.sequences else self.activations(windows)
+            rows = self.activations(windows) if not self.config.sequences else self._sequences(windows)
             if self.config.buffer_device != "model":
                 rows = rows.to(place(self.config.buffer_device))
             yield rows, stream.mark().state_dict
@@ -494,6 +515,17 @@ class HuggingFaceSource:
         return cls(structure({**ours["source"], **changes}, HuggingFaceSourceConfig, where="metadata: sae_lm.source"))
 
 
+def side_by_side(found: Mapping[str, Tensor]) -> Tensor:
+    """The tensors of all places joined along their width, on the first one's device."""
+    parts = list(found.values())
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
+
+
+def _counting(windows: Windows) -> Tensor:
+    # Found on the CPU, where the mask is: selecting by a mask on the device would have to wait for it.
+    return windows.kept.flatten().nonzero().squeeze(1)
+
+
 def columns_of(sites: Mapping[str, int]) -> dict[str, slice]:
     """The columns of every site in rows that have them side by side.
 
@@ -525,13 +557,13 @@ def pick(
         return rows
     columns = columns_of(stored)
 
-    def side_by_side(names: Sequence[str]) -> Tensor:
+    def joined(names: Sequence[str]) -> Tensor:
         if list(names) == list(stored)[: len(names)]:
             return rows[..., : columns[names[-1]].stop].contiguous()
         return torch.cat([rows[..., columns[name]] for name in names], dim=-1)
 
-    inputs = side_by_side(list(reads))
-    return ActivationBatch(inputs, side_by_side(list(writes))) if writes else inputs
+    inputs = joined(list(reads))
+    return ActivationBatch(inputs, joined(list(writes))) if writes else inputs
 
 
 def _check_same_tokenizer(first: Any | None, second: Any | None, name: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 from sae_core.config import option, require
 from sae_core.errors import DataError
 
+from sae_lm.pretokenized import windows_of
 from sae_lm.reading import Document, FileFormat, Rows, content_of, file_format, find_files, read_file
 from sae_lm.stdlib_text import stdlib_docstrings
 
@@ -36,10 +37,11 @@ _DATASET_ONLY = ("name", "split", "streaming", "revision", "data_files", "data_d
 class TextConfig:
     """Where documents come from."""
 
-    kind: Literal["stdlib", "file", "dataset", "mixture"] = option(
+    kind: Literal["stdlib", "file", "dataset", "mixture", "pretokenized"] = option(
         default="stdlib",
         help="stdlib: docstrings of Python's standard library, a document a module; file: local files; "
-        "dataset: a data set of the datasets library; mixture: several of these by weight",
+        "dataset: a data set of the datasets library; mixture: several of these by weight; pretokenized: windows that "
+        "`sae-core lm pretokenize` wrote",
     )
     path: str | None = option(
         default=None,
@@ -107,7 +109,7 @@ class TextConfig:
         require(self.weight is None or self.weight > 0, f"text: 'weight' must be positive, not {self.weight}")
         default = type(self).__dataclass_fields__["held_out"].default
         for number, text in enumerate(self.mixture):
-            require(text.kind != "mixture", f"text: mixture[{number}] is a mixture itself")
+            require(text.kind not in ("mixture", "pretokenized"), f"text: mixture[{number}] cannot be {text.kind}")
             require(
                 text.held_out in (default, self.held_out),
                 f"text: mixture[{number}] has a 'held_out' of its own; say it once, beside 'mixture'",
@@ -135,6 +137,8 @@ def documents(config: TextConfig, part: Part = "all") -> Iterator[Document]:
         texts = [replace(text, weight=None, held_out=config.held_out) for text in config.mixture]
         weights = [text.weight or 1.0 for text in config.mixture]
         return _mixed([documents(text, part) for text in texts], weights, to_the_last=config.until == "last")
+    if config.kind == "pretokenized":
+        return windows_of(Path(cast("str", config.path)).expanduser(), part)
     if config.kind == "stdlib":
         every: Iterator[Document] = iter(stdlib_docstrings())
     else:

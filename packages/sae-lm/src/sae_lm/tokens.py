@@ -266,7 +266,8 @@ class WindowStream:
 
     Windows are `rules.context_size` long; where each holds one document or row, they are as long as the longest one beside
     them. Documents without tokens are passed over. `state_dict` holds how many documents were taken and the tokens not yet
-    given out: a new stream over the same documents goes on from there without tokenising anything twice.
+    given out: a new stream over the same documents goes on from there without tokenising anything twice. `packing` overrules
+    the policy's, for documents that are known to be windows by these rules.
 
     >>> rules = resolve(TokenPolicy(bos_token=9), None, context_size=3)
     >>> for windows in WindowStream([[1, 2, 3], [], [4]], rules, rows=2):
@@ -282,6 +283,7 @@ class WindowStream:
         rows: int,
         tokenizer: Any | None = None,
         state: Mapping[str, Any] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         require(rows > 0, f"rows must be positive, not {rows}")
         self._rules = rules
@@ -289,7 +291,8 @@ class WindowStream:
         self._tokenizer = tokenizer
         self._taken = 0 if state is None else int(state["documents"])
         self._documents = islice(iter(documents), self._taken, None)
-        self._packing: Packing | None = None if rules.policy.packing == "auto" else rules.policy.packing
+        asked = rules.policy.packing
+        self._packing: Packing | None = packing or (None if asked == "auto" else asked)
         if state is not None and state["packing"] is not None:
             self._packing = state["packing"]
         self._pending = _pending(self._packing or "concatenate", rules)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import ClassVar, final
 
+from sae_lm.cli.run_source import add_run_arguments, source_of
+
 __all__ = ["Preview"]
 
 
@@ -16,30 +18,13 @@ class Preview:
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("run", metavar="RUN.yaml", help="the run file")
+        add_run_arguments(parser)
         parser.add_argument("--rows", type=int, default=2, metavar="N", help="windows to show (default: 2)")
-        parser.add_argument(
-            "--set",
-            dest="overrides",
-            metavar="KEY=VALUE",
-            action="append",
-            default=[],
-            help="change one setting of the run file, say source.context_size=64; may be repeated",
-        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Print the windows."""
-        from sae_core.config import require, structure
-        from sae_core.run import read_run
-
-        from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
+        from sae_core.config import require
 
         require(args.rows > 0, f"--rows must be positive, not {args.rows}")
-        settings = dict(read_run(args.run, args.overrides).source)
-        name = settings.pop("name")
-        require(
-            name in ("huggingface", "sae-lm:huggingface"),
-            f"{args.run}: the source is {name!r}; preview shows 'huggingface'",
-        )
-        print(HuggingFaceSource(structure(settings, HuggingFaceSourceConfig, where="source")).preview(args.rows))
+        print(source_of(args).preview(args.rows))
         return 0
