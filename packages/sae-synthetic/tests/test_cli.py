@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from sae_core import create
 from sae_core.cli import main
+from sae_synthetic import (
+    MultiSiteModel,
+    MultiSiteModelConfig,
+    SyntheticModel,
+    SyntheticModelConfig,
+    init_sae_to_match_feature_dict,
+)
 
 
 def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -111,3 +119,58 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         main(["synthetic", *arguments])
     assert stop.value.code == 2
     assert "usage: sae-core" in capsys.readouterr().err
+
+
+def _save_world_and_sae(folder: Path) -> None:
+    world = SyntheticModel(SyntheticModelConfig(num_features=16, hidden_dim=24, bias=False, seed=0))
+    world.save(folder / "world")
+    sae = create("topk", d_in=24, d_sae=16, k=3, seed=0)
+    init_sae_to_match_feature_dict(sae, world.feature_dict)
+    sae.save(folder / "sae")
+
+
+def test_an_sae_is_scored_against_a_saved_world_beside_an_untrained_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save_world_and_sae(tmp_path)
+    arguments = ["synthetic", "score", str(tmp_path / "sae"), "--world", str(tmp_path / "world"), "--samples", "500"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    rows = {line[:20].strip(): line[20:].split() for line in printed.splitlines()}
+    assert rows["MCC"][0] == "1.000"
+    assert float(rows["MCC"][-1]) < 0.8
+    assert "UNTRAINED" in printed.splitlines()[0]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"]["num_samples"] == 500
+    assert found["scores"]["mcc"] > 0.999 > found["scores"]["baseline"]["mcc"]
+
+
+def test_a_crosscoder_is_scored_against_a_world_of_several_sites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MultiSiteModelConfig(num_features=16, sites={"base": 12, "tuned": 12}, exclusive={"tuned": 3}, seed=0)
+    MultiSiteModel(config).save(tmp_path / "world")
+    create("topk", d_in=24, d_sae=16, k=3, reads={"base": 12, "tuned": 12}).save(tmp_path / "sae")
+    assert (
+        main(["synthetic", "score", str(tmp_path / "sae"), "--world", str(tmp_path / "world"), "--samples", "200"]) == 0
+    )
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("tuned")]
+    assert line.split()[2] == "3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/sae", "--world", "{}/sae"], "no world there"),
+        (["{}/nothing", "--world", "{}/world"], "there is no such folder or file"),
+        (["{}/sae", "--world", "{}/world", "--samples", "0"], "num_samples must be at least 1"),
+        (["{}/sae", "--world", "{}/world", "--device", "moon"], "device"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_in_one_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save_world_and_sae(tmp_path)
+    assert message in " ".join(_error(["score", *(part.format(tmp_path) for part in arguments)], capsys).split())

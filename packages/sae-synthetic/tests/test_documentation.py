@@ -36,12 +36,13 @@ def test_the_page_shows_every_preset() -> None:
         assert f"### `{preset.name}` ({preset.paper.removeprefix('arXiv ').removesuffix(' (LessWrong)')})" in page
 
 
-def test_the_run_file_on_the_page_is_a_run_file(tmp_path: Path) -> None:
+def test_the_run_files_on_the_page_are_run_files(tmp_path: Path) -> None:
     from sae_core.run import read_run
 
     page = (PACKAGE.parents[1] / "docs" / "synthetic.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "run.yaml").write_text(text)
-    run = read_run(tmp_path / "run.yaml", [])
-    assert run.source["name"] == "synthetic"
-    assert run.train.total_samples == 1_000_000
+    found = {}
+    for text in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / "run.yaml").write_text(text)
+        run = read_run(tmp_path / "run.yaml", [])
+        found[run.source["name"]] = run.train.total_samples
+    assert found == {"synthetic": 1_000_000, "synthetic_sites": 1_000_000}

@@ -17,6 +17,7 @@ from sae_synthetic import SyntheticModel, mean_correlation_coefficient
 from sae_synthetic.experiments import (
     PRESETS,
     consistency,
+    crosscoder,
     get_preset,
     run_preset,
     sparse_but_wrong,
@@ -42,6 +43,7 @@ def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthsaebench, "FULL_WIDTHS", (8, 32))
     monkeypatch.setattr(synthsaebench, "EVAL_SAMPLES", 2000)
     monkeypatch.setattr(sparse_but_wrong, "EVAL_SAMPLES", 2000)
+    monkeypatch.setattr(crosscoder, "EVAL_SAMPLES", 5000)
 
 
 @pytest.mark.usefixtures("small_worlds")

@@ -25,11 +25,16 @@ def sae_register_activation_sources() -> Iterator[ActivationSourceSpec]:
         target="sae_synthetic.source:SyntheticSource",
         summary="Sums of known features that fire at random",
     )
+    yield ActivationSourceSpec(
+        name="synthetic_sites",
+        target="sae_synthetic.multi_site_source:MultiSiteSource",
+        summary="The same features at several sites, or inputs with targets",
+    )
 
 
 @hookimpl
 def sae_register_commands() -> Iterator[CommandSpec]:
-    """The demo, and the experiments."""
+    """The demo, the experiments, and comparisons."""
     yield CommandSpec(
         name="demo",
         target="sae_synthetic.cli.demo:Demo",
@@ -38,5 +43,10 @@ def sae_register_commands() -> Iterator[CommandSpec]:
     yield CommandSpec(
         name="synthetic",
         target="sae_synthetic.cli.synthetic:Synthetic",
-        summary="Run published experiments on synthetic data",
+        summary="Run published experiments on synthetic data, score SAEs against it",
+    )
+    yield CommandSpec(
+        name="compare",
+        target="sae_synthetic.cli.compare:Compare",
+        summary="Compare two SAEs latent by latent",
     )

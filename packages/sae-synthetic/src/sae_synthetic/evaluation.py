@@ -29,10 +29,11 @@ from sae_synthetic.scores import (
     ExplainedVarianceCalculator,
     L0Calculator,
     ShrinkageCalculator,
+    best_matches,
     feature_uniqueness,
 )
 
-__all__ = ["ActivationScaler", "SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "untrained_like"]
+__all__ = ["ActivationScaler", "SyntheticDataEvalResult", "eval_sae_on_synthetic_data", "judge", "untrained_like"]
 
 
 @runtime_checkable
@@ -95,23 +96,52 @@ def eval_sae_on_synthetic_data(
     """
     require(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
     require(batch_size is None or batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+    require(
+        sae.reconstructs_input,
+        "eval_sae_on_synthetic_data: a transcoder writes other activations than it reads; eval_sae_on_multi_site_model "
+        "scores it on a world that has both",
+    )
     if sae.d_in != feature_dict.hidden_dim or feature_dict.num_features != activations_generator.num_features:
         raise ConfigError(
             f"the SAE has d_in {sae.d_in}, the dictionary {feature_dict.num_features} features in {feature_dict.hidden_dim} "
             f"dimensions, the generator {activations_generator.num_features} features: they do not fit each other"
         )
-    world = (feature_dict, activations_generator, num_samples, batch_size, activation_scaler)
+    return judge(
+        sae, feature_dict, feature_dict, activations_generator, num_samples, batch_size, activation_scaler, baseline
+    )
+
+
+@torch.no_grad()
+def judge(
+    sae: SAE,
+    reads: FeatureDictionary,
+    writes: FeatureDictionary,
+    activations_generator: ActivationGenerator,
+    num_samples: int,
+    batch_size: int | None,
+    activation_scaler: ActivationScaler | None = None,
+    baseline: bool = True,
+) -> SyntheticDataEvalResult:
+    """Scores of a dictionary that reads the sums of one dictionary of features and shall write those of another.
+
+    Latents are matched with the features that are written at all: whose vectors there are not zero.
+    """
+    world = (reads, writes, activations_generator, num_samples, batch_size, activation_scaler)
     generator = activations_generator.held_out()
-    directions, truth_vectors = sae.directions(), feature_dict.feature_vectors.detach()
+    vectors = writes.feature_vectors.detach()
+    there = (vectors.norm(dim=1) > 0).nonzero().squeeze(1)
+    directions, truth_vectors = sae.directions(), vectors[there]
     true_l0, sae_l0, dead = L0Calculator(), L0Calculator(), DeadLatentsCalculator(sae.d_sae)
     shrinkage, variance = ShrinkageCalculator(), ExplainedVarianceCalculator()
-    detectors = ClassificationMetricsCalculator(directions, truth_vectors)
+    matches = there.cpu()[best_matches(directions, truth_vectors).cpu()]
+    detectors = ClassificationMetricsCalculator(directions, vectors, matches)
     was_training = sae.training
     sae.eval()
     try:
         for start in range(0, num_samples, batch_size or 4096):
             truth = generator.sample_codes(min(batch_size or 4096, num_samples - start))
-            hidden = feature_dict(truth).to(sae.device, sae.dtype)
+            hidden = reads(truth).to(sae.device, sae.dtype)
+            target = hidden if writes is reads else writes(truth).to(sae.device, sae.dtype)
             read = hidden if activation_scaler is None else activation_scaler.scale(hidden)
             latents = sae.encode_sparse(read)
             output = sae.decode(latents, read)
@@ -119,8 +149,8 @@ def eval_sae_on_synthetic_data(
             true_l0.add_batch(truth)
             sae_l0.add_batch(latents)
             dead.add_batch(latents)
-            shrinkage.add_batch(output, hidden)
-            variance.add_batch(output, hidden)
+            shrinkage.add_batch(output, target)
+            variance.add_batch(output, target)
             detectors.add_batch(latents, truth)
     finally:
         sae.train(was_training)
@@ -136,7 +166,7 @@ def eval_sae_on_synthetic_data(
         signed_mcc=mean_correlation_coefficient(directions, truth_vectors, signed=True),
         num_latents=sae.d_sae,
         num_samples=num_samples,
-        baseline=eval_sae_on_synthetic_data(untrained_like(sae), *world, baseline=False) if baseline else None,
+        baseline=judge(untrained_like(sae), *world, baseline=False) if baseline else None,
     )
 
 

@@ -124,14 +124,19 @@ class SyntheticBatches(Iterator[Tensor]):
     def __iter__(self) -> SyntheticBatches:
         return self
 
-    @torch.no_grad()
     def __next__(self) -> Tensor:
+        return self.next_with_codes()[0]
+
+    @torch.no_grad()
+    def next_with_codes(self) -> tuple[Tensor, SparseCodes]:
+        """The next batch, and the features behind it. Raises StopIteration at the end."""
         size = self._batch_size if self._total is None else min(self._batch_size, self._total - self._samples)
         if size <= 0:
             raise StopIteration
-        batch = _hidden(self._features, self._generator.sample_codes(size), self._autocast)
+        codes = self._generator.sample_codes(size)
+        batch = _hidden(self._features, codes, self._autocast)
         self._samples += size
-        return batch
+        return batch, codes
 
     def state_dict(self) -> dict[str, Any]:
         """Number of samples given out, and the generator's seed and position."""

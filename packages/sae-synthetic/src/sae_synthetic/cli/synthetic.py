@@ -1,4 +1,4 @@
-"""``sae-core synthetic``: published experiments on synthetic data."""
+"""``sae-core synthetic``: published experiments on synthetic data, and scores against saved worlds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ __all__ = ["Synthetic"]
 class Synthetic:
     """List and run experiments."""
 
-    help: ClassVar[str] = "Run published experiments on synthetic data and compare with the published numbers."
+    help: ClassVar[str] = (
+        "Run published experiments on synthetic data, beside the published numbers; score SAEs against saved worlds."
+    )
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
@@ -41,6 +43,17 @@ class Synthetic:
             "--overwrite", action="store_true", help="replace a result that is already in the output folder"
         )
         run.add_argument("--no-report", action="store_true", help="write no HTML report (it needs plotly)")
+        score = actions.add_parser("score", help="score an SAE of any library against a saved world")
+        score.add_argument(
+            "sae", metavar="PATH", help="a folder or file in any format that is installed, or RELEASE:ID"
+        )
+        score.add_argument("--world", type=Path, required=True, metavar="DIR", help="folder of a saved synthetic model")
+        score.add_argument(
+            "--samples", type=int, default=100_000, metavar="N", help="held-out samples (default: %(default)s)"
+        )
+        score.add_argument("--batch-size", type=int, metavar="N", help="samples at a time (default: 4096)")
+        score.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+        score.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         """List, or run and save."""
@@ -52,6 +65,10 @@ class Synthetic:
             rows = [[p.name, p.summary, p.paper, p.duration] for p in PRESETS.values()]
             print(table(["NAME", "WHAT IT SHOWS", "PUBLISHED", "2 CORES"], rows))
             return 0
+        if args.action == "score":
+            from sae_synthetic.cli.score import print_scores
+
+            return print_scores(args)
         preset = get_preset(args.name)
         settings = preset.settings(args.seeds, args.scale, args.device)
         folder = _usable(args.output or Path("runs") / f"synthetic-{args.name}", args.overwrite)

@@ -89,6 +89,14 @@ PRESETS = {
             target=f"{_HERE}.tree:run",
         ),
         Preset(
+            name="crosscoder",
+            summary="Which latents of one model alone are artefacts of the crosscoder",
+            paper="arXiv 2504.02922",
+            duration="2 minutes",
+            seeds=1,
+            target=f"{_HERE}.crosscoder:run",
+        ),
+        Preset(
             name="synthsaebench-mini",
             summary="SynthSAEBench at 1/16 of its size, five architectures",
             paper="arXiv 2602.14687",

@@ -1,0 +1,157 @@
+"""Activations of several sites at once, or inputs with their targets, for crosscoders and transcoders in a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from sae_core import ActivationBatch
+from sae_core.config import option, require
+from sae_core.errors import ConfigError
+from sae_core.sae import as_device
+from torch import Tensor
+
+from sae_synthetic.multi_site import MultiSiteModel, MultiSiteModelConfig
+from sae_synthetic.source import SyntheticBatches
+
+__all__ = ["MultiSiteBatches", "MultiSiteSource", "MultiSiteSourceConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSiteSourceConfig:
+    """Config of `MultiSiteSource`: a saved world, or the settings of a new one."""
+
+    model: Path | None = option(default=None, help="folder of a saved MultiSiteModel; no other setting of a world then")
+    num_features: int | None = option(default=None, help="number of true features")
+    sites: dict[str, int] | None = option(default=None, help="widths of the sites that are read, by name")
+    targets: dict[str, int] | None = option(default=None, help="widths of the sites that a transcoder predicts")
+    exclusive: dict[str, int] | None = option(default=None, help="number of features by site that are only there")
+    weak: dict[str, int] | None = option(default=None, help="number of features by site that are weaker there")
+    weak_strength: float | None = option(default=None, help="strength of a weak feature; by default 0.2")
+    alike: float | None = option(
+        default=None, help="cosine of a shared feature's directions at two sites; by default 0"
+    )
+    firing_probability: float | dict[str, Any] | None = option(
+        default=None, help="one number, or generator_name: NAME and its settings; by default zipfian"
+    )
+    hierarchy: dict[str, Any] | None = option(default=None, help="settings of a generated hierarchy")
+    orthogonalization: dict[str, Any] | None = option(default=None, help="settings of the orthogonalisation")
+    correlation: dict[str, Any] | None = option(default=None, help="settings of a low-rank correlation")
+    std_firing_magnitudes: float | dict[str, Any] | None = option(
+        default=None, help="spread of a firing feature's value, a number or a rule; by default 0"
+    )
+    mean_firing_magnitudes: float | dict[str, Any] | None = option(
+        default=None, help="mean of a firing feature's value, a number or a rule; by default 1"
+    )
+    bias: float | None = option(default=None, help="norm of each site's bias; by default 0")
+    seed: int = option(default=0, help="decides the world, and the samples")
+    total_samples: int | None = option(default=None, help="end after this many samples; by default never")
+    device: str = option(default="cpu", help="where samples are made")
+
+    def __post_init__(self) -> None:
+        settings = _settings(self)
+        if self.model is not None:
+            require(not settings, f"model: the saved world has its own {', '.join(settings)}; give one or the other")
+        else:
+            missing = [key for key in ("num_features", "sites") if key not in settings]
+            require(not missing, f"missing key {', '.join(missing)} (or model: the folder of a saved world)")
+            _model_config(self)
+        require(
+            self.total_samples is None or self.total_samples >= 1,
+            f"total_samples must be at least 1, not {self.total_samples}",
+        )
+
+
+@final
+class MultiSiteSource:
+    """Batches of a `MultiSiteModel`, for ``source: {name: synthetic_sites, ...}`` in a run file.
+
+    Without targets a batch is one tensor with all sites side by side; with targets it is an `ActivationBatch`.
+
+    >>> source = MultiSiteSource(MultiSiteSourceConfig(num_features=32, sites={"in": 16}, targets={"out": 8}, seed=3))
+    >>> batch = next(source.batches(4))
+    >>> batch.inputs.shape, batch.targets.shape, source.sites, source.target_sites
+    (torch.Size([4, 16]), torch.Size([4, 8]), {'in': 16}, {'out': 8})
+    """
+
+    config_class: ClassVar[type] = MultiSiteSourceConfig
+
+    def __init__(self, config: MultiSiteSourceConfig) -> None:
+        self.config = config
+        device = as_device(config.device)
+        if config.model is not None:
+            self.model = MultiSiteModel.load_from_disk(config.model, device=device)
+            self.model.activation_generator = self.model.activation_generator.fork(config.seed)
+        else:
+            self.model = MultiSiteModel(_model_config(config), device=device)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the inputs, all sites together."""
+        return sum(self.sites.values())
+
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """Widths of the sites of the inputs."""
+        return self.model.sites
+
+    @property
+    def target_sites(self) -> Mapping[str, int]:
+        """Widths of the sites of the targets; empty where there are none."""
+        return self.model.target_sites
+
+    def batches(self, batch_size: int) -> MultiSiteBatches:
+        """A row of batches, every time from the first; the last is shorter where `total_samples` ends it."""
+        return MultiSiteBatches(self.model, batch_size, self.config.total_samples)
+
+    def metadata(self) -> dict[str, Any]:
+        """The world behind the activations."""
+        saved = None if self.config.model is None else str(self.config.model)
+        return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved}}
+
+
+@final
+class MultiSiteBatches(Iterator["Tensor | ActivationBatch"]):
+    """One row of batches of a world, with a place of its own; see `SyntheticBatches`."""
+
+    def __init__(self, model: MultiSiteModel, batch_size: int, total_samples: int | None = None) -> None:
+        generator = model.activation_generator
+        self._generator = generator.fork(generator.seed)
+        self._writes = model.writes
+        self._inputs = SyntheticBatches(model.reads, self._generator, batch_size, total_samples)
+
+    def __iter__(self) -> MultiSiteBatches:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor | ActivationBatch:
+        inputs, codes = self._inputs.next_with_codes()
+        return inputs if self._writes is None else ActivationBatch(inputs, self._writes(codes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of samples given out, and the generator's seed and position."""
+        return self._inputs.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Raises DataError for anything that it did not write."""
+        self._inputs.load_state_dict(state)
+
+
+def _settings(config: MultiSiteSourceConfig) -> dict[str, Any]:
+    """What the config says about a new world."""
+    names = [name for name in MultiSiteModelConfig.__dataclass_fields__ if name not in ("seed", "dtype")]
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _model_config(config: MultiSiteSourceConfig) -> MultiSiteModelConfig:
+    settings = _settings(config)
+    if isinstance(config.firing_probability, int | float):
+        settings["firing_probability"] = {"generator_name": "constant", "probability": config.firing_probability}
+    try:
+        return MultiSiteModelConfig.from_dict({**settings, "seed": config.seed})
+    except ConfigError as error:
+        message = str(error).removeprefix("multi-site model: ").removeprefix("synthetic model: ")
+        raise ConfigError(message) from error
