@@ -6,7 +6,8 @@
 
 n are decoder norms. With `inner_weight` 0 this is the standard SAE, and children absorb their parents. With `detach_inner`,
 the limit of a large weight, inner latents learn from their own level alone, and parents hedge: they take in a part of
-their children. In between the two cancel. Saved, it is a standard SAE, for nesting is a matter of training only.
+their children. In between the two cancel. With `random_widths` the inner widths are drawn anew for every batch, so that every
+latent is the end of some dictionary and their order is learnt whole (Nabeshima 2024). Saved, it is a standard SAE, for nesting is a matter of training only.
 """
 
 # R rows, D d_in, F d_sae
@@ -25,7 +26,11 @@ from sae_core.config import Schedule, require, value_at
 from sae_core.sae import Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 from torch import Tensor
 
-__all__ = ["MatryoshkaL1Config", "MatryoshkaL1SAE"]
+from sae_synthetic._random import derived_seed, generator_for
+
+__all__ = ["MatryoshkaL1Config", "MatryoshkaL1SAE", "drawn_widths"]
+
+_TAIL = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,9 @@ class MatryoshkaL1Config(LinearConfig):
     l1_coefficient: float | Schedule = training_option(default=1.0, help="weight of the sparsity penalty")
     matryoshka_widths: tuple[int, ...] = training_option(
         default=(), help="inner widths, increasing and below d_sae; none is the standard SAE"
+    )
+    random_widths: int = training_option(
+        default=0, help="inner widths drawn anew for every batch, small ones more often; none is fixed then"
     )
     inner_weight: float = training_option(default=1.0, help="weight of the losses of the inner widths")
     detach_inner: bool = training_option(
@@ -48,6 +56,13 @@ class MatryoshkaL1Config(LinearConfig):
         require(
             all(0 < width < self.d_sae for width in widths),
             f"matryoshka_widths must lie in (0, d_sae = {self.d_sae}), not {list(widths)}",
+        )
+        require(
+            0 <= self.random_widths < self.d_sae,
+            f"random_widths must lie in [0, d_sae = {self.d_sae}), not {self.random_widths}",
+        )
+        require(
+            not (self.random_widths and widths), "random_widths: matryoshka_widths are fixed ones; give one or the other"
         )
         require(self.inner_weight >= 0, f"inner_weight must not be negative, found {self.inner_weight}")
 
@@ -73,7 +88,10 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
         f_RF = codes.to_dense()
         weighted_RF = f_RF * self.decoder_norms()
         coefficient = value_at(config.l1_coefficient, context.progress)
-        bounds = [0, *config.matryoshka_widths, config.d_sae]
+        widths = config.matryoshka_widths
+        if config.random_widths:
+            widths = drawn_widths(config.random_widths, config.d_sae, context.progress)
+        bounds = [0, *widths, config.d_sae]
         losses: dict[str, Tensor] = {}
         y_RD, penalty = self.with_bias_and_skip(torch.zeros_like(target), prepared), f_RF.new_zeros(())
         for start, stop in pairwise(bounds):
@@ -94,3 +112,17 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
         folded = self.folded_config(self.config)
         shared = {field.name: getattr(folded, field.name) for field in fields(LinearConfig)}
         return Export("standard", StandardConfig(**shared), self.exported_tensors())
+
+
+def drawn_widths(number: int, d_sae: int, progress: float) -> tuple[int, ...]:
+    """At most `number` different widths in [1, d_sae), increasing, of density w^-1.5 (Nabeshima 2024).
+
+    They follow from `progress`, the fraction of training done, so a run that is resumed draws what it would have drawn.
+
+    >>> drawn_widths(4, 64, 0.25) == drawn_widths(4, 64, 0.25) != drawn_widths(4, 64, 0.26)
+    True
+    """
+    source = generator_for(derived_seed(int(progress * 2**53), "nested widths"))
+    chance = torch.rand(number, generator=source, dtype=torch.float64)
+    widths = (1 - chance * (1 - d_sae**-_TAIL)) ** (-1 / _TAIL)
+    return tuple(sorted({min(int(width), d_sae - 1) for width in widths.tolist()}))

@@ -91,9 +91,9 @@ def run(settings: Settings) -> ExperimentResult:
         name="crosscoder",
         paper="arXiv 2504.02922",
         setting=f"Two models of width {WIDTH} with {FEATURES} features, {WORLD['exclusive']['tuned']} of them in the tuned one "
-        f"alone, {WORLD['weak']['base']} three tenths as strong in base; true L0 {true_l0:.2f}; {FEATURES} latents, {samples:,} "
-        f"samples, {settings.seeds} seed(s). Tuned-only: latents with {ALONE:.0%} of their decoder norms there. Kept: those that "
-        f"latent scaling confirms (nu error < {NU_ERROR}, nu reconstruction < {NU_RECONSTRUCTION}).",
+        f"alone, {WORLD['weak']['base']} three tenths as strong in base; true L0 {true_l0:.2f}; {FEATURES} latents, "
+        f"{samples:,} samples, {settings.seeds} seed(s). Tuned-only: latents with {ALONE:.0%} of their decoder norms there. "
+        f"Kept: those that latent scaling confirms (nu error < {NU_ERROR}, nu reconstruction < {NU_RECONSTRUCTION}).",
         columns=["crosscoder", "published", "MCC", "tuned-only", "right", "kept", "right of kept", "AUC", "L0"],
         rows=[
             [
