@@ -84,6 +84,11 @@ if TYPE_CHECKING:
     from sae_synthetic.initialization import (
         init_sae_to_match_feature_dict,
     )
+    from sae_synthetic.l0_selection import (
+        L0Selection,
+        best_l0,
+        find_l0,
+    )
     from sae_synthetic.matching import (
         Matching,
         match_features,
@@ -208,6 +213,7 @@ __all__ = [
     "HierarchyModifier",
     "HierarchyNode",
     "L0Calculator",
+    "L0Selection",
     "LinearFiringProbabilityConfig",
     "LinearMagnitudeConfig",
     "LowRankCorrelationConfig",
@@ -243,6 +249,7 @@ __all__ = [
     "SyntheticSourceConfig",
     "ZipfianFiringProbabilityConfig",
     "__version__",
+    "best_l0",
     "best_matches",
     "compare_dictionaries",
     "compare_saes",
@@ -259,6 +266,7 @@ __all__ = [
     "find_best_feature_ordering",
     "find_best_feature_ordering_across_saes",
     "find_best_feature_ordering_from_sae",
+    "find_l0",
     "firing_probabilities_for_rates",
     "generate_hierarchy",
     "generate_magnitudes",
@@ -319,6 +327,7 @@ _HOMES = {
     "HierarchyModifier": "forest_modifier",
     "HierarchyNode": "forest",
     "L0Calculator": "scores",
+    "L0Selection": "l0_selection",
     "LinearFiringProbabilityConfig": "firing_probabilities",
     "LinearMagnitudeConfig": "firing_magnitudes",
     "LowRankCorrelationConfig": "model",
@@ -357,6 +366,7 @@ _HOMES = {
     "SyntheticSource": "source",
     "SyntheticSourceConfig": "source",
     "ZipfianFiringProbabilityConfig": "firing_probabilities",
+    "best_l0": "l0_selection",
     "best_matches": "scores",
     "compare_dictionaries": "comparison",
     "compare_saes": "comparison",
@@ -373,6 +383,7 @@ _HOMES = {
     "find_best_feature_ordering": "plots",
     "find_best_feature_ordering_across_saes": "plots",
     "find_best_feature_ordering_from_sae": "plots",
+    "find_l0": "l0_selection",
     "firing_probabilities_for_rates": "rates",
     "generate_hierarchy": "hierarchy",
     "generate_magnitudes": "firing_magnitudes",

@@ -7,7 +7,8 @@
 n are decoder norms. With `inner_weight` 0 this is the standard SAE, and children absorb their parents. With `detach_inner`,
 the limit of a large weight, inner latents learn from their own level alone, and parents hedge: they take in a part of
 their children. In between the two cancel. With `random_widths` the inner widths are drawn anew for every batch, so that every
-latent is the end of some dictionary and their order is learnt whole (Nabeshima 2024). Saved, it is a standard SAE, for nesting is a matter of training only.
+latent is the end of some dictionary and their order is learnt whole (Nabeshima 2024). Saved, it is a standard SAE, for nesting
+is a matter of training only.
 """
 
 # R rows, D d_in, F d_sae
@@ -62,7 +63,8 @@ class MatryoshkaL1Config(LinearConfig):
             f"random_widths must lie in [0, d_sae = {self.d_sae}), not {self.random_widths}",
         )
         require(
-            not (self.random_widths and widths), "random_widths: matryoshka_widths are fixed ones; give one or the other"
+            not (self.random_widths and widths),
+            "random_widths: matryoshka_widths are fixed ones; give one or the other",
         )
         require(self.inner_weight >= 0, f"inner_weight must not be negative, found {self.inner_weight}")
 
