@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sae_core import create
+from sae_core import StepContext, create
 from sae_core.errors import ConfigError
 from sae_core.testing import parametrize_with_checks
+from sae_synthetic.matryoshka_l1 import drawn_widths
 
 
 @parametrize_with_checks({"matryoshka_l1": {"matryoshka_widths": (4, 12), "l1_coefficient": 0.1}})
@@ -53,3 +54,36 @@ def test_without_inner_levels_it_is_the_standard_sae() -> None:
 def test_impossible_widths_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="matryoshka_widths"):
         create("matryoshka_l1", d_in=6, d_sae=8, matryoshka_widths=widths)
+
+
+def test_random_widths_are_drawn_anew_for_every_batch_and_again_the_same_when_resumed() -> None:
+    sae = create("matryoshka_l1", d_in=6, d_sae=8, random_widths=3, inner_weight=0.5, l1_coefficient=0.3)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    seen = set()
+    for progress in torch.linspace(0, 1, 50).tolist():
+        widths = list(drawn_widths(3, 8, progress))
+        seen.add(tuple(widths))
+        found = sae.training_step(x, StepContext(progress=progress)).loss
+        torch.testing.assert_close(found, _by_hand(sae, x, [*widths, 8], 0.5, 0.3))
+        assert widths == list(drawn_widths(3, 8, progress))
+    assert len(seen) > 20
+
+
+def test_small_widths_are_drawn_more_often_than_large_ones() -> None:
+    counts = torch.zeros(65)
+    for step in range(4000):
+        for width in drawn_widths(1, 64, step / 4000):
+            counts[width] += 1
+    assert counts[0] == counts[64] == 0
+    # P(width <= w) = (1 - (w + 1)^-1/2) / (1 - 64^-1/2)
+    for width in (1, 3, 15):
+        wanted = (1 - (width + 1) ** -0.5) / (1 - 1 / 8)
+        assert float(counts[: width + 1].sum()) / 4000 == pytest.approx(wanted, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"random_widths": -1}, {"random_widths": 8}, {"random_widths": 2, "matryoshka_widths": (3,)}]
+)
+def test_random_widths_without_meaning_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="random_widths"):
+        create("matryoshka_l1", d_in=6, d_sae=8, **settings)
