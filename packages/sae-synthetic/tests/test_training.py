@@ -103,3 +103,10 @@ def test_autocast_of_the_data_is_honoured_and_of_the_sae_refused_with_the_reason
     train_toy_sae(one, *_world(), 1000, autocast_data=True, progress_bar=False)
     train_toy_sae(other, *_world(), 1000, progress_bar=False)
     assert not torch.equal(one.W_dec, other.W_dec)
+
+
+def test_a_running_threshold_that_somebody_set_in_another_precision_goes_on_moving() -> None:
+    sae = create("batchtopk", d_in=16, d_sae=12, k=2, seed=0)
+    sae.topk_threshold = torch.tensor(5.0, dtype=torch.float32)  # type: ignore[assignment]
+    train_toy_sae(sae, *_world(), 1000, progress_bar=False)
+    assert 0 < float(sae.topk_threshold) < 5
