@@ -65,14 +65,6 @@ PRESETS = {
             target=f"{_HERE}.sparse_but_wrong:run",
         ),
         Preset(
-            name="l0-selection",
-            summary="The right L0 found without the truth, by decoder projections",
-            paper="arXiv 2508.16560",
-            duration="3 minutes",
-            seeds=1,
-            target=f"{_HERE}.l0_selection:run",
-        ),
-        Preset(
             name="hedging",
             summary="An SAE without room for a child mixes it into its parent",
             paper="arXiv 2505.11756",
