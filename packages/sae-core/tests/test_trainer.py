@@ -316,3 +316,177 @@ def test_a_step_on_a_gpu_never_waits_for_it() -> None:
         trainer.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_after_training_is_refused_and_one_of_a_loaded_sae_trains_in_train_mode(tmp_path: Path) -> None:
+    from sae_core import SAE
+
+    trainer = Trainer(small(), batches(40), config())
+    sae = trainer.fit().sae
+    with pytest.raises(ConfigError, match="total_samples: 10240 samples have been trained on already"):
+        trainer.step(next(batches(1)))
+    with pytest.raises(ConfigError, match=r"this trainer has ended after 10240 samples; Trainer\.resume goes on"):
+        trainer.fit()
+    loaded = SAE.load(sae.save(tmp_path / "sae"))
+    assert not loaded.training
+    again = Trainer(loaded, batches(3), config(init_b_dec="zeros"))
+    again.step(next(batches(1)))
+    assert loaded.training
+    assert again.fit().samples == 4 * 256
+
+
+def test_a_threshold_moves_in_steps_by_hand_too() -> None:
+    sae = create("batchtopk", d_in=D_IN, d_sae=48, k=3).eval()
+    Trainer(sae, [], config()).step(next(batches(1)))
+    assert float(sae.get_buffer("topk_threshold")) > 0
+
+
+def test_a_trainer_that_was_stopped_goes_on() -> None:
+    trainer = Trainer(small(), batches(40), config())
+    trainer.callbacks.append(lambda p: p.trainer.stop() if p.trainer.steps == 13 else None)
+    assert trainer.fit().samples == 13 * 256
+    assert trainer.stopped
+    assert trainer.fit().samples == 40 * 256
+    twin = Trainer(small(), batches(40), config())
+    twin.fit()
+    assert trainer.history == twin.history
+
+
+def test_sequences_count_by_their_positions() -> None:
+    sae = create("temporal", d_in=D_IN, d_sae=24, kval_topk=3, n_heads=2, bottleneck_factor=2)
+    rates: list[float] = []
+    trainer = Trainer(
+        sae, [batch.view(32, 8, D_IN) for batch in batches(12)],
+        config(total_samples=2500, lr=1.0, lr_warmup_samples=1024, init_b_dec="zeros"),
+        [lambda p: rates.append(p.trainer.optimizer.param_groups[0]["lr"])],
+    )  # fmt: skip
+    result = trainer.fit()
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert result.samples == 2504  # 2500 and the rest of the last sequence of 8
+    assert result.history[-1]["samples"] == 2504
+
+
+def test_records_have_the_same_keys_from_the_first_one_on() -> None:
+    sae = small()
+    with torch.no_grad():
+        sae.b_enc[10:] = -0.3
+    result = Trainer(sae, batches(40), config(dead_after_samples=256 * 25)).fit()
+    assert len({tuple(record) for record in result.history}) == 1
+    first, last = result.history[0], result.history[-1]
+    assert (first["loss/auxiliary_reconstruction"], first["dead_fraction"]) == (0.0, None)
+    assert last["loss/auxiliary_reconstruction"] != 0.0
+    assert last["dead_fraction"] is not None
+    assert last["dead_fraction"] > 0
+
+
+def test_what_an_architecture_measures_cannot_overwrite_what_the_trainer_does() -> None:
+    sae = small()
+    window = Window(D_IN, 48, torch.device("cpu"))
+    step = sae.training_step(next(batches(1)))
+    one = torch.ones(())
+    metrics = {"l0": one, "residual": one * 2, "loss": one * 3, "unknown": one * math.nan}
+    window.add(StepOutput(step.loss, step.losses, step.codes, step.reconstruction, step.target, metrics))
+    record = window.flush()
+    assert (record["metrics/l0"], record["metrics/residual"], record["metrics/loss"]) == (1.0, 2.0, 3.0)
+    assert record["metrics/unknown"] is None
+    assert record["loss"] == pytest.approx(float(step.loss.detach()), rel=1e-6)
+    assert record["l0"] == pytest.approx(float(step.codes.l0().double().mean()))
+
+
+@pytest.mark.parametrize(("value", "what"), [(torch.ones(3), r"tensor of shape \(3,\)"), (0.5, "float")])
+def test_metrics_that_are_not_one_number_are_one_error(value: Any, what: str) -> None:
+    step = small().training_step(next(batches(1)))
+    window = Window(D_IN, 48, torch.device("cpu"))
+    bad = StepOutput(step.loss, step.losses, step.codes, step.reconstruction, step.target, {"odd": value})
+    with pytest.raises(DataError, match=f"metrics/odd as a?.*{what}"):
+        window.add(bad)
+
+
+def test_training_that_does_harm_ends_at_the_record_that_shows_it() -> None:
+    seen: list[int] = []
+    with pytest.raises(DataError, match=r"step 10: the squared error grew from .* explained variance is -"):
+        Trainer(small(), batches(40), config(lr=100.0), [lambda p: seen.append(p.trainer.steps)]).fit()
+    assert len(seen) == 9
+
+
+def test_a_bad_start_is_no_divergence() -> None:
+    sae = small(decoder_init_norm=None)
+    with torch.no_grad():
+        sae.W_dec.mul_(30)
+        sae.b_dec.add_(10)
+    first = Trainer(sae, batches(40), config(init_b_dec="zeros", lr=1e-2)).fit().history[0]
+    assert first["explained_variance"] is not None
+    assert first["explained_variance"] < -10
+
+
+@pytest.mark.parametrize(("changes", "samples"), [({"lr_decay_samples": 0.5}, 5), ({"dead_after_samples": 0.1}, 1)])
+def test_lengths_may_be_fractions_of_the_run(changes: dict[str, Any], samples: int) -> None:
+    whole = dict.fromkeys(changes, 256 * 10 * samples // 10)
+    results = [
+        Trainer(small(), batches(10), config(total_samples=2560, log_every_steps=2, **each)).fit()
+        for each in (changes, whole)
+    ]
+    assert results[0].history == results[1].history
+
+
+def test_several_dictionaries_on_one_stream_end_as_each_alone() -> None:
+    def dictionaries() -> dict[str, Any]:
+        return {
+            "small": create("topk", d_in=D_IN, d_sae=24, k=2, seed=1),
+            "jump": create("jumprelu", d_in=D_IN, d_sae=48, l0_coefficient=0.01, seed=2),
+            "scaled": create(
+                "batchtopk", d_in=D_IN, d_sae=48, k=3, seed=3, normalize_activations="expected_average_only_in"
+            ),
+        }
+
+    configs = {
+        "small": config(lr=1e-3, init_samples=100),
+        "jump": config(total_samples=256 * 33, log_every_steps=4),
+        "scaled": config(init_samples=700, dead_after_samples=512),
+    }
+    together = Trainer(dictionaries(), batches(40), configs).fit_all()
+    for name, sae in dictionaries().items():
+        alone = Trainer(sae, batches(40), configs[name]).fit()
+        assert alone.history == together[name].history
+        assert alone.samples == together[name].samples
+        assert alone.sae.metadata == together[name].sae.metadata
+        for a, b in zip(alone.sae.state_dict().values(), together[name].sae.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_one_that_diverges_is_dropped_and_the_others_go_on(tmp_path: Path) -> None:
+    configs = {"good": config(), "wild": config(lr=100.0)}
+    trainer = Trainer({"good": small(), "wild": small()}, list(batches(40)), configs)
+    results = trainer.fit_all()
+    alone = Trainer(small(), batches(40), config()).fit()
+    assert results["good"].history == alone.history
+    assert results["good"].dropped is None
+    assert results["wild"].samples == 2560
+    assert "training diverged" in str(results["wild"].dropped)
+    resumed = Trainer.resume(trainer.save(tmp_path / "c"), list(batches(40)))
+    assert resumed.dropped == trainer.dropped
+    assert resumed.finished
+    wild = {"a": small(), "b": small()}
+    with pytest.raises(DataError, match="diverged"):
+        Trainer(wild, batches(40), config(lr=100.0)).fit_all()
+
+
+def test_records_of_several_dictionaries_go_to_loggers_of_their_own(tmp_path: Path) -> None:
+    loggers = {name: [JsonlLogger(JsonlConfig(path=tmp_path / f"{name}.jsonl"))] for name in "ab"}
+    saes = {"a": small(), "b": small(seed=4)}
+    results = Trainer(saes, batches(20), config(), loggers=loggers).fit_all()
+    for name in "ab":
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == results[name].history
+
+
+def test_what_several_dictionaries_share_must_agree() -> None:
+    saes = {"a": small(), "b": small()}
+    with pytest.raises(ConfigError, match=r"batch_size: SAEs on one stream share it, found \['128', '256'\]"):
+        Trainer(saes, [], {"a": config(), "b": config(batch_size=128)})
+    with pytest.raises(ConfigError, match="nothing is given for the SAE 'b'"):
+        Trainer(saes, [], {"a": config()})
+    with pytest.raises(ConfigError, match="several SAEs are trained: a, b"):
+        Trainer(saes, [], config()).fit()
+    with pytest.raises(ConfigError, match="no SAE to train"):
+        Trainer({}, [], config())
