@@ -5,7 +5,9 @@ wrong types; `unstructure` is its inverse. cattrs does the walking, and the rule
 not a number, a float is not an int, a bool is neither.
 
 A value that may change during training is written as a number or as a schedule,
-``k: {from: 60, to: 25, over: 0.5}``: linear from 60 to 25 over the first half of the run, then constant.
+``k: {from: 60, to: 25, over: 0.5}``: linear from 60 to 25 over the first half of the run, then constant. A list of such pieces
+is gone through in turn, each starting where the one before ended unless it says otherwise:
+``lr: [{from: 0, to: 1e-3, over: 0.1}, {over: 0.7}, {to: 0, over: 0.2, shape: cosine}]`` warms up, stays, and decays.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ __all__ = [
     "Schedule",
     "default_of",
     "describe_fields",
+    "ends_of",
     "option",
     "require",
     "structure",
@@ -65,12 +68,17 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A value that moves in a straight line from `start` to `end` over the first `over` of training, then stays.
+    """A value that moves from `start` to `end` over the next `over` of training, a fraction of the run, then goes on or stays.
 
-    Written ``{from: a, to: b, over: fraction}`` in YAML; `over` is a fraction of the run in (0, 1], by default all of it.
+    `shape` is the way: a straight line; half a cosine, flat at both ends; or exponential, by equal factors, for which both ends
+    have the same sign. `restarts` goes the way that many times more, each time from `start`. `then` is what follows.
 
     >>> value_at(Schedule(60, 25, over=0.5), progress=0.25)
     42.5
+    >>> value_at(Schedule(1.0, 0.0, shape="cosine", restarts=1), progress=0.75)
+    0.5
+    >>> value_at(Schedule(0, 8, over=0.1, then=Schedule(8, 2, over=0.4, shape="exponential")), progress=0.3)
+    4.0
     >>> value_at(3.0, progress=0.25)
     3.0
     """
@@ -78,6 +86,9 @@ class Schedule:
     start: float
     end: float
     over: float = 1.0
+    shape: typing.Literal["linear", "cosine", "exponential"] = "linear"
+    restarts: int = 0
+    then: Schedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("start", "end", "over"):
@@ -87,13 +98,56 @@ class Schedule:
                 f"schedule: {name!r} must be a finite number, not {value!r}",
             )
         require(0 < self.over <= 1, f"schedule: 'over' is a fraction of the run in (0, 1], not {self.over!r}")
+        whole = sum(piece.over for piece in self.pieces())
+        require(whole <= 1 + _ROUNDING, f"schedule: the pieces take {whole:g} of the run, more than all of it")
+        require(self.shape in _SHAPES, f"schedule: 'shape' is one of {', '.join(_SHAPES)}, not {self.shape!r}")
+        require(
+            self.shape != "exponential" or self.start * self.end > 0,
+            f"schedule: an exponential one never reaches zero or changes sign; found {self.start} to {self.end}",
+        )
+        require(
+            isinstance(self.restarts, int) and not isinstance(self.restarts, bool) and self.restarts >= 0,
+            f"schedule: 'restarts' must be a whole number, not {self.restarts!r}",
+        )
+
+    def pieces(self) -> tuple[Schedule, ...]:
+        """This one and those that follow."""
+        return (self, *(() if self.then is None else self.then.pieces()))
+
+
+_ROUNDING = 1e-9
+_SHAPES = ("linear", "cosine", "exponential")
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
     """The value at `progress`, a fraction of training in [0, 1]."""
-    if isinstance(value, Schedule):
-        return value.start + (value.end - value.start) * min(progress / value.over, 1.0)
-    return float(value)
+    if not isinstance(value, Schedule):
+        return float(value)
+    if value.then is not None and progress >= value.over - _ROUNDING:
+        return value_at(value.then, progress - value.over)
+    way = min(max(progress, 0.0) / value.over, 1.0) * (value.restarts + 1)
+    if abs(way - round(way)) < _ROUNDING:  # a restart is not missed by rounding
+        way = round(way)
+    if way < value.restarts + 1:
+        way %= 1
+    else:
+        way = 1.0
+    if value.shape == "cosine":
+        way = (1 - math.cos(math.pi * way)) / 2
+    if value.shape == "exponential":
+        return value.start * (value.end / value.start) ** way
+    return value.start + (value.end - value.start) * way
+
+
+def ends_of(value: float | Schedule) -> tuple[float, ...]:
+    """The number itself, or where the pieces of a schedule start and end: every value lies between the least and the largest.
+
+    >>> ends_of(0.5), ends_of(Schedule(0, 8, over=0.1, then=Schedule(8, 2, over=0.9)))
+    ((0.5,), (0, 8, 8, 2))
+    """
+    if not isinstance(value, Schedule):
+        return (value,)
+    return tuple(end for piece in value.pieces() for end in (piece.start, piece.end))
 
 
 def structure(data: Mapping[str, Any], into: type[T], *, where: str = "config") -> T:
@@ -198,7 +252,7 @@ def _converter() -> Converter:
     converter.register_structure_hook(Path, lambda value, _: _path(value))
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Schedule, lambda value, _: _schedule(value))
-    converter.register_unstructure_hook(Schedule, lambda s: {"from": s.start, "to": s.end, "over": s.over})
+    converter.register_unstructure_hook(Schedule, _plain_schedule)
     converter.register_structure_hook_func(_is_union, lambda value, hint: _union(converter, value, hint))
     return converter
 
@@ -221,13 +275,47 @@ def _path(value: Any) -> Path:
 def _schedule(value: Any) -> Schedule:
     if isinstance(value, Schedule):
         return value
+    if isinstance(value, list):
+        return _schedule_of_pieces(cast("list[Any]", value))
     if not isinstance(value, Mapping):
         raise TypeError(f"expected a schedule {{from, to, over}}, found {type(value).__name__} {value!r}")
-    unknown = sorted(set(map(str, value)) - {"from", "to", "over"})
-    missing = sorted({"from", "to"} - set(value))
-    require(not unknown, f"schedule: unknown key {unknown} (known: from, to, over)")
-    require(not missing, f"schedule: missing key {missing}")
-    return Schedule(value["from"], value["to"], value.get("over", 1.0))
+    return _schedule_of_pieces([value])
+
+
+def _schedule_of_pieces(pieces: list[Any]) -> Schedule:
+    """Pieces in turn; ``from`` is by default where the piece before ended, ``to`` where this one starts."""
+    whole: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        require(isinstance(piece, Mapping), f"schedule: each piece is {{from, to, over}}, found {piece!r}")
+        unknown = sorted(set(map(str, piece)) - {*_PIECE})
+        require(not unknown, f"schedule: unknown key {unknown} (known: {', '.join(_PIECE)})")
+        need = [key for key in ("from", "to") if key not in piece] if len(pieces) == 1 else []
+        need += ["from"] if number == 0 and "from" not in piece and len(pieces) > 1 else []
+        need += ["over"] if len(pieces) > 1 and "over" not in piece else []
+        require(not need, f"schedule: missing key {need}" + (f" in piece {number + 1}" if len(pieces) > 1 else ""))
+        start = piece["from"] if "from" in piece else whole[-1]["end"]
+        end = piece.get("to", start)
+        others = {key: piece[key] for key in ("over", "shape", "restarts") if key in piece}
+        whole.append({"start": start, "end": end, **others})
+    require(len(whole) > 0, "schedule: an empty list")
+    made: Schedule | None = None
+    for piece in reversed(whole):
+        made = Schedule(**piece, then=made)
+    return cast("Schedule", made)
+
+
+_PIECE = ("from", "to", "over", "shape", "restarts")
+
+
+def _plain_schedule(schedule: Schedule) -> Any:
+    plain: list[dict[str, Any]] = []
+    for piece in schedule.pieces():
+        plain.append({"from": piece.start, "to": piece.end, "over": piece.over})
+        if piece.shape != "linear":
+            plain[-1]["shape"] = piece.shape
+        if piece.restarts:
+            plain[-1]["restarts"] = piece.restarts
+    return plain[0] if len(plain) == 1 else plain
 
 
 def _is_union(hint: Any) -> bool:

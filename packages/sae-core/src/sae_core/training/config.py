@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_core.config import option, require
+from sae_core.config import Schedule, ends_of, option, require
 
 __all__ = ["TrainConfig", "samples_of"]
 
@@ -19,16 +19,22 @@ class TrainConfig:
 
     total_samples: int = option(help="samples (activation vectors) to train on")
     batch_size: int = option(default=2048, help="samples in a step")
-    lr: float = option(default=3e-4, help="peak learning rate of Adam")
+    lr: float | Schedule = option(
+        default=3e-4, help="learning rate of Adam; a number or a schedule, times the warm-up and decay below"
+    )
     lr_warmup_samples: int | float = option(
         default=0, help="samples, or a fraction of the run, over which the learning rate rises linearly from 0"
     )
     lr_decay_samples: int | float = option(
         default=0, help="samples, or a fraction of the run, at the end over which it falls linearly to 0"
     )
-    adam_beta1: float = option(default=0.9, help="Adam's decay of the gradient mean")
-    adam_beta2: float = option(default=0.999, help="Adam's decay of the squared-gradient mean")
-    grad_clip_norm: float | None = option(default=1.0, help="largest gradient norm; null does not clip")
+    adam_beta1: float | Schedule = option(default=0.9, help="Adam's decay of the gradient mean; may be a schedule")
+    adam_beta2: float | Schedule = option(
+        default=0.999, help="Adam's decay of the squared-gradient mean; may be a schedule"
+    )
+    grad_clip_norm: float | Schedule | None = option(
+        default=1.0, help="largest gradient norm; null does not clip; may be a schedule"
+    )
     dead_after_samples: int | float = option(
         default=1_000_000, help="a latent is dead when it has not fired for this many samples, or fraction of the run"
     )
@@ -66,10 +72,18 @@ class TrainConfig:
         for name in ("lr_warmup_samples", "lr_decay_samples"):
             value = getattr(self, name)
             require(0 <= value <= self.total_samples, f"{name} must lie in [0, total_samples], not {value}")
-        require(self.lr > 0, f"lr must be positive, not {self.lr}")
+        require(
+            min(ends_of(self.lr)) >= 0 and max(ends_of(self.lr)) > 0,
+            f"lr must be positive{', at most zero at the ends of a schedule' if isinstance(self.lr, Schedule) else ''}, "
+            f"not {self.lr}",
+        )
         for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("grad_clip_norm", "checkpoint_every_samples", "checkpoint_every_minutes"):
+            for value in ends_of(getattr(self, name)):
+                require(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
+        if self.grad_clip_norm is not None:
+            for value in ends_of(self.grad_clip_norm):
+                require(value > 0, f"grad_clip_norm must be positive or null, not {value}")
+        for name in ("checkpoint_every_samples", "checkpoint_every_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive or null, not {value}")
         require(self.init_samples > 0, f"init_samples must be positive, not {self.init_samples}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from sae_core.config import require, structure, unstructure
+from sae_core.config import ends_of, require, structure, unstructure, value_at
 from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
@@ -60,7 +60,10 @@ class Learner:
         self.steps = 0
         self.history: list[Record] = []
         self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
+            sae.parameters(),
+            lr=value_at(config.lr, 0.0),
+            betas=(value_at(config.adam_beta1, 0.0), value_at(config.adam_beta2, 0.0)),
+            fused=True,
         )
         self.window = Window(sae.d_out, sae.d_sae, sae.device)
         self.dead = DeadLatents(sae.d_sae, samples_of(config.dead_after_samples, config.total_samples), sae.device)
@@ -112,11 +115,12 @@ class Learner:
             self._dead_indices = self.dead.indices()
         context = self._context(self._dead_indices)
         rows = rows_of(placed, self.sae.d_in)
-        self._set_learning_rate(rows)
+        self._set_optimizer(rows, context.progress)
         self.optimizer.zero_grad(set_to_none=True)
         output = row_blocks.training_step(self.sae, placed, context)
         output.loss.backward()
-        clipped_step(self.optimizer, self.config.grad_clip_norm)
+        clip = self.config.grad_clip_norm
+        clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
         self.sae.after_step()
         self.window.add(output)
         self.dead.add(output)
@@ -227,16 +231,18 @@ class Learner:
             product_dtype=torch.bfloat16 if self.config.encoder_product == "bfloat16" else None,
         )
 
-    def _set_learning_rate(self, rows: int) -> None:
-        total = self.config.total_samples
+    def _set_optimizer(self, rows: int, progress: float) -> None:
+        """What the schedules say for this step of `rows` samples."""
+        config, total = self.config, self.config.total_samples
         factor = learning_rate_factor(
             self.samples + rows,
             total=total + rows,
-            warmup=samples_of(self.config.lr_warmup_samples, total),
-            decay=samples_of(self.config.lr_decay_samples, total),
+            warmup=samples_of(config.lr_warmup_samples, total),
+            decay=samples_of(config.lr_decay_samples, total),
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+            group["lr"] = value_at(config.lr, progress) * factor
+            group["betas"] = (value_at(config.adam_beta1, progress), value_at(config.adam_beta2, progress))
 
     @torch.no_grad()
     def _announce(self, batch: ActivationBatch) -> None:
@@ -299,7 +305,7 @@ class Learner:
     def _check_progress(self, means: Mapping[str, float | None], error: float) -> None:
         """Raise DivergedError when the losses are not finite, or the dictionary is far worse than at its best and useless."""
         within = f"within the last {self.config.log_every_steps} steps"
-        advice = f"Lower lr ({self.config.lr}) or check the scale of the activations"
+        advice = f"Lower lr ({max(ends_of(self.config.lr))}) or check the scale of the activations"
         losses = [value for name, value in means.items() if name.startswith("loss") and value is not None]
         if not all(map(math.isfinite, losses)):
             raise DivergedError(f"step {self.steps}: the loss is {means['loss']}; training diverged {within}. {advice}")
