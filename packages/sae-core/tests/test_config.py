@@ -45,7 +45,10 @@ class Example:
         ({"width": 1, "name": 3}, "expected str | None, found int 3 at name"),
         ({"width": 1, "mode": "quick"}, "quick"),
         ({"width": 1, "k": "4"}, "expected int | Schedule, found str '4' at k"),
-        ({"width": 1, "k": {"from": 3, "too": 4}}, "schedule: unknown key ['too'] (known: from, to, over, shape, restarts)"),
+        (
+            {"width": 1, "k": {"from": 3, "too": 4}},
+            "schedule: unknown key ['too'] (known: from, to, over, shape, restarts)",
+        ),
         ({"width": 1, "k": {"from": 3, "to": 4, "over": 0}}, "'over' is a fraction of the run in (0, 1], not 0"),
         ({"width": 1, "inner": {"width": 3}}, "unknown key 'inner.width'"),
         ({"width": 1, "inner": {"widths": [1, "a"]}}, "expected int, found str 'a' at inner.widths[1]"),

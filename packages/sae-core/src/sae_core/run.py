@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,31 +31,40 @@ from safetensors import SafetensorError
 
 from sae_core.config import option, require, structure, unstructure
 from sae_core.data.wiring import fields_for
-from sae_core.errors import ConfigError, FormatError, SaeCoreError
+from sae_core.errors import ConfigError, FormatError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
+from sae_core.members import Member, members_of
 from sae_core.plugins import get_registry
 from sae_core.protocols import ActivationSource, Logger
-from sae_core.run_folder import CHECKPOINTS, INTERRUPTED, LOG, NEW, RUN_FILE, RunFolder, locked
+from sae_core.run_folder import CHECKPOINTS, COMPARISON, INTERRUPTED, LOG, NEW, RUN_FILE, RunFolder, locked
 from sae_core.sae import SAE, as_device, create
 from sae_core.signals import first_signal
 from sae_core.training.checkpoint import Checkpoints, Found
+from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import absolute_paths
-from sae_core.training.loggers import JsonlConfig, JsonlLogger
+from sae_core.training.loggers import JsonlConfig, JsonlLogger, NamedLogger
 from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
 
-__all__ = ["RunConfig", "RunStopped", "execute", "read_run"]
+__all__ = ["RunConfig", "RunStopped", "execute", "execute_all", "read_run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run file."""
 
-    sae: dict[str, Any] = option(help="architecture: NAME, and that architecture's fields")
     source: dict[str, Any] = option(help="name: NAME, and that activation source's fields")
     train: TrainConfig = option(help="how to train")
     output: Path = option(help="folder for the SAE, run.yaml and log.jsonl")
+    sae: dict[str, Any] | None = option(default=None, help="architecture: NAME, and that architecture's fields")
+    saes: list[dict[str, Any]] = option(
+        default_factory=list,
+        help="several, trained on one stream: for each what differs from `sae`, with name, seed and train: {...} of its own",
+    )
+    grid: dict[str, Any] = option(
+        default_factory=dict, help="FIELD: [VALUES]; every combination is trained, on one stream"
+    )
     seed: int = option(default=0, help="seed of the SAE's initialisation, and of the source unless it has its own")
     device: str = option(
         default="auto",
@@ -67,7 +76,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        require("architecture" in self.sae, "sae: missing key 'architecture'")
+        require(self.sae is not None or len(self.saes) > 0, "missing key 'sae' (or saes: a list of several)")
+        members_of(self.sae, self.saes, self.grid, self.train, self.seed)
         for key, component in [("source", self.source), *(("loggers", logger) for logger in self.loggers)]:
             require("name" in component, f"{key}: missing key 'name'")
 
@@ -111,7 +121,15 @@ class RunStopped(SaeCoreError):
 
 
 def execute(run: RunConfig, *, overwrite: bool = False, resume: bool = False, force: bool = False) -> TrainResult:
-    """Train as `run` says and save into its output folder.
+    """`execute_all` for a run of one dictionary. Raises ConfigError for a run of several."""
+    require(list(_members(run)) == [""], "the run trains several dictionaries; use execute_all")
+    return execute_all(run, overwrite=overwrite, resume=resume, force=force)[""]
+
+
+def execute_all(
+    run: RunConfig, *, overwrite: bool = False, resume: bool = False, force: bool = False
+) -> dict[str, TrainResult]:
+    """Train as `run` says and save into its output folder; several dictionaries into ``saes/NAME`` there.
 
     With `resume` a run that is in the folder already goes on from its newest whole checkpoint, and `run` may differ from it
     where that does not change the numbers up to there (see `Trainer.resume`; `force` allows everything). SIGINT, SIGTERM and
@@ -131,36 +149,61 @@ def execute(run: RunConfig, *, overwrite: bool = False, resume: bool = False, fo
         return _train(run, folder, found, force=force)
 
 
-def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: bool) -> TrainResult:
+def _members(run: RunConfig) -> dict[str, Member]:
+    return members_of(run.sae, run.saes, run.grid, run.train, run.seed)
+
+
+def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: bool) -> dict[str, TrainResult]:
     run = dataclasses.replace(run, device=chosen_device(run.device))
+    members = _members(run)
     source = cast("ActivationSource", _component(run.source, "source", seed=run.seed, device=run.device))
-    sae = _new_sae(run, source)
-    loggers: list[Logger] = [JsonlLogger(JsonlConfig(path=folder.work / LOG))]
-    loggers += [cast("Logger", _component(logger, "logger")) for logger in run.loggers]
-    trainer = Trainer(sae, source, run.train, loggers=loggers, checkpoints=folder.work / CHECKPOINTS)
+    saes = {name: _new_sae(run, member, name, source) for name, member in members.items()}
+    trainer = Trainer(
+        saes[""] if list(saes) == [""] else saes,
+        source,
+        {name: member.train for name, member in members.items()},
+        loggers=_loggers(run, folder, members),
+        checkpoints=folder.work / CHECKPOINTS,
+    )
     if found is not None:
         for message in found.damaged:
             _say(f"skipped: {message}")
         trainer.load_state_dict(found.state, force=force)
         if folder.finished and trainer.finished:
             _say(f"{run.output}: this run has ended already; raise train.total_samples to train further")
-            return trainer.result()
+            return trainer.results()
         _say(f"going on at {trainer.samples:,} samples")
     with _writing(folder.work):
         if found is None:
             folder.clear()
         else:
-            folder.reopen()
-        _write_yaml(folder.work / RUN_FILE, resolved(run, sae, source))
+            folder.reopen(members)
+        _write_yaml(folder.work / RUN_FILE, resolved(run, members, saes, source))
     if trainer.finished:  # it was killed while it saved what had come out
-        result = trainer.result()
+        results = trainer.results()
     else:
-        result = _fit(trainer, folder)
+        results = _fit(trainer, folder)
         trainer.checkpoint()
     with _writing(folder.work):
-        result.sae.save(folder.work)
+        for name, result in results.items():
+            if result.dropped is None:
+                result.sae.save(folder.of(name))
+        if list(results) != [""]:
+            write_comparison(folder.work / COMPARISON, results)
         folder.end()
-    return result
+    return results
+
+
+def _loggers(run: RunConfig, folder: RunFolder, names: Iterable[str]) -> dict[str, list[Logger]]:
+    """A log for each dictionary, and what the run file asks for, which several share."""
+    others = [cast("Logger", _component(logger, "logger")) for logger in run.loggers]
+    return {
+        name: [
+            JsonlLogger(JsonlConfig(path=folder.of(name) / LOG)),
+            *([NamedLogger(logger, name) for logger in others] if name else others),
+        ]
+        for name in names
+    }
 
 
 @contextmanager
@@ -173,8 +216,8 @@ def _writing(folder: Path) -> Generator[None]:
         raise FormatError(f"{folder}: cannot be written: {reason}") from error
 
 
-def _fit(trainer: Trainer, folder: RunFolder) -> TrainResult:
-    """`Trainer.fit`, with signals heard and what was learnt kept when it does not end well."""
+def _fit(trainer: Trainer, folder: RunFolder) -> dict[str, TrainResult]:
+    """`Trainer.fit_all`, with signals heard and what was learnt kept when it does not end well."""
     heard: list[signal.Signals] = []
 
     def stop(which: signal.Signals) -> None:
@@ -183,15 +226,15 @@ def _fit(trainer: Trainer, folder: RunFolder) -> TrainResult:
 
     try:
         with first_signal(stop):
-            result = trainer.fit()
+            results = trainer.fit_all()
             if heard and not trainer.finished:
                 raise _stopped(trainer, folder, heard[0])
-            return result
+            return results
     except RunStopped:
         raise
     except BaseException as error:
         if trainer.steps:
-            error.add_note(_keep(trainer.sae, folder.work / INTERRUPTED, trainer.samples))
+            error.add_note(_keep(trainer, folder))
         raise
     finally:
         trainer.close()
@@ -200,9 +243,21 @@ def _fit(trainer: Trainer, folder: RunFolder) -> TrainResult:
 def _stopped(trainer: Trainer, folder: RunFolder, which: signal.Signals) -> RunStopped:
     if not trainer.steps:
         return RunStopped(f"stopped by {which.name} before the first step", which)
-    kept = _keep(trainer.sae, folder.work / INTERRUPTED, trainer.samples)
+    kept = _keep(trainer, folder)
     path = trainer.checkpoint()
     return RunStopped(f"stopped by {which.name}; --resume goes on from {path}; {kept}", which)
+
+
+def _keep(trainer: Trainer, folder: RunFolder) -> str:
+    """Save every dictionary as it is, for a look at it; the message that says where."""
+    kept: list[Path] = []
+    for name, learner in trainer.learners.items():
+        try:
+            kept.append(learner.sae.save(folder.of(name) / INTERRUPTED))
+        except FormatError as error:  # weights that diverged cannot be saved; why training stopped matters more
+            if len(trainer.learners) == 1:
+                return f"what was learnt in {trainer.samples} samples cannot be kept: {error}"
+    return f"what was learnt in {trainer.samples} samples is saved in {', '.join(map(str, kept))}"
 
 
 def chosen_device(device: str) -> str:
@@ -216,28 +271,47 @@ def _say(message: str) -> None:
     sys.stderr.write(f"sae-core: {message}\n")
 
 
-def resolved(run: RunConfig, sae: SAE, source: ActivationSource) -> dict[str, Any]:
-    """The run with every default filled in and paths made absolute, as plain data."""
+def resolved(
+    run: RunConfig, members: Mapping[str, Member], saes: Mapping[str, SAE], source: ActivationSource
+) -> dict[str, Any]:
+    """The run with every default filled in and paths made absolute, as plain data; a grid is written out."""
     config = getattr(source, "config", None)
     fields = unstructure(absolute_paths(config)) if dataclasses.is_dataclass(config) else {}
-    return {
-        **unstructure(absolute_paths(run)),
-        "sae": {"architecture": run.sae["architecture"], **unstructure(sae.config)},
-        "source": {"name": run.source["name"], **fields},
-    }
+    full = {name: {"architecture": sae.architecture, **unstructure(sae.config)} for name, sae in saes.items()}
+    plain = {**unstructure(absolute_paths(run)), "source": {"name": run.source["name"], **fields}}
+    if list(saes) == [""]:
+        return {**plain, "sae": full[""], "seed": members[""].seed}
+    several = [
+        {"name": name, **full[name], "seed": member.seed, "train": unstructure(member.train)}
+        for name, member in members.items()
+    ]
+    return {**plain, "sae": None, "saes": several, "grid": {}}
 
 
-def _keep(sae: SAE, folder: Path, samples: int) -> str:
+def _new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:
     try:
-        return f"what was learnt in {samples} samples is saved in {sae.save(folder)}"
-    except FormatError as error:  # weights that diverged cannot be saved; why training stopped matters more
-        return f"what was learnt in {samples} samples cannot be kept: {error}"
+        given = {**member.sae, **_sites_read(member, source)}
+        sae_class = cast("type[SAE]", get_registry().resolve("architecture", str(given["architecture"])))
+        fields: dict[str, Any] = {**fields_for(source, sae_class), **given}
+        return create(fields.pop("architecture"), seed=member.seed, device=run.device, dtype=run.dtype, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"saes: {name}: {error}" if name else str(error)) from None
 
 
-def _new_sae(run: RunConfig, source: ActivationSource) -> SAE:
-    sae_class = cast("type[SAE]", get_registry().resolve("architecture", str(run.sae["architecture"])))
-    fields: dict[str, Any] = {**fields_for(source, sae_class), **run.sae}
-    return create(fields.pop("architecture"), seed=run.seed, device=run.device, dtype=run.dtype, **fields)
+def _sites_read(member: Member, source: ActivationSource) -> dict[str, Any]:
+    """`reads` with the widths that the source gives, where the run file lists names, and d_in as their sum."""
+    reads = member.sae.get("reads")
+    if not reads:
+        return {}
+    if isinstance(reads, list):
+        for site in cast("list[str]", reads):
+            known = ", ".join(source.sites)
+            require(
+                site in source.sites,
+                f"reads: the source has no site {site!r}{did_you_mean(str(site), source.sites)} (it gives {known})",
+            )
+        reads = {site: source.sites[site] for site in cast("list[str]", reads)}
+    return {"reads": reads, "d_in": member.sae.get("d_in", sum(cast("dict[str, int]", reads).values()))}
 
 
 def _component(settings: Mapping[str, Any], kind: str, **defaults: Any) -> object:

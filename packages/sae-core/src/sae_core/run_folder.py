@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, final
@@ -56,6 +56,10 @@ class RunFolder:
         folder = self.work / CHECKPOINTS
         return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
+    def of(self, name: str) -> Path:
+        """Where the dictionary `name` of the run is written."""
+        return self.work / MEMBERS / name if name else self.work
+
     def for_new_run(self, *, overwrite: bool) -> None:
         """Choose where a new run is written. Raises FormatError where there is one worth keeping, unless `overwrite`."""
         if self.finished and not overwrite:
@@ -79,11 +83,12 @@ class RunFolder:
         if (self.root / NEW / RUN_FILE).exists():
             self.work = self.root / NEW
 
-    def reopen(self) -> None:
+    def reopen(self, members: Iterable[str]) -> None:
         """Make a finished run unfinished, as it is going to be trained further; its checkpoints hold what it was."""
-        for name in _FINISHED:
-            (self.work / name).unlink(missing_ok=True)
-        (self.work / WEIGHTS_FILE).unlink(missing_ok=True)
+        (self.work / COMPARISON).unlink(missing_ok=True)
+        for member in members:
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (self.of(member) / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """The run has ended well: what only interrupted runs leave goes, and a run beside an older one takes its place."""

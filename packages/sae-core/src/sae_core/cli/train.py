@@ -7,7 +7,10 @@ import sys
 from typing import TYPE_CHECKING, ClassVar, final
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sae_core.run import RunConfig
+    from sae_core.training.trainer import TrainResult
 
 __all__ = ["Train"]
 
@@ -48,18 +51,20 @@ class Train:
     def run(self, args: argparse.Namespace) -> int:
         """Train, save, and say what came out and where it is."""
         from sae_core.cli.tables import table
-        from sae_core.run import RunStopped, execute
+        from sae_core.run import RunStopped, execute_all
 
         run = _run_of(args)
         try:
-            result = execute(run, overwrite=args.overwrite, resume=args.resume is not None, force=args.force)
+            results = execute_all(run, overwrite=args.overwrite, resume=args.resume is not None, force=args.force)
         except RunStopped as stopped:
             print(f"sae-core: {stopped}", file=sys.stderr)
             return 128 + stopped.signal
+        if list(results) != [""]:
+            return _several(run, results)
+        result = results[""]
         last = result.history[-1]
         planned = run.train.total_samples
         ended = "" if result.samples >= planned else f" of {planned:,}: the source ended"
-        dead = f"not known before {run.train.dead_after_samples:,} samples"
         measured = (("loss", "loss", ".4g"), ("explained variance", "explained_variance", ".4f"), ("L0", "l0", ".2f"))
         print(
             table(
@@ -68,12 +73,48 @@ class Train:
                     ["samples", f"{result.samples:,}{ended}"],
                     ["seconds", f"{result.seconds:.1f}"],
                     *([label, _number(last[key], form)] for label, key, form in measured),
-                    ["dead latents", _number(last["dead_fraction"], ".2%", unknown=dead)],
+                    ["dead latents", _number(last["dead_fraction"], ".2%", unknown=_dead_unknown(run))],
                 ],
             )
         )
         print(f"\nThe SAE is in {run.output} (with run.yaml and log.jsonl).")
         return 0
+
+
+def _several(run: RunConfig, results: Mapping[str, TrainResult]) -> int:
+    """The table of a run of several dictionaries; 1 when none of them has come out."""
+    from sae_core.cli.tables import table
+    from sae_core.run_folder import COMPARISON, MEMBERS
+    from sae_core.training.comparison import compared
+
+    rows = compared(results)
+    print(
+        table(
+            ["SAE", "L0", "EXPLAINED VARIANCE", "LOSS", "DEAD", "BEST"],
+            [
+                [
+                    row["name"],
+                    *(
+                        _number(row[key], form)
+                        for key, form in (("l0", ".2f"), ("explained_variance", ".4f"), ("loss", ".4g"))
+                    ),
+                    _number(row["dead_fraction"], ".2%"),
+                    "dropped" if row["dropped"] else "yes" if row["best"] else "",
+                ]
+                for row in rows
+            ],
+        )
+    )
+    print("\nBEST: no other one explains as much with a smaller L0.")
+    for row in rows:
+        if row["dropped"]:
+            print(f"dropped: {row['name']}: {row['dropped']}")
+    print(f"The SAEs are in {run.output / MEMBERS}, each with its log.jsonl; {COMPARISON} has the table.")
+    return 0 if any(not row["dropped"] for row in rows) else 1
+
+
+def _dead_unknown(run: RunConfig) -> str:
+    return f"not known before {run.train.dead_after_samples:,} samples"
 
 
 def _run_of(args: argparse.Namespace) -> RunConfig:

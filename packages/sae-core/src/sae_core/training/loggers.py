@@ -12,8 +12,9 @@ from typing import Any, ClassVar, TextIO, final
 
 from sae_core.config import option
 from sae_core.errors import FormatError
+from sae_core.protocols import Logger
 
-__all__ = ["JsonlConfig", "JsonlLogger"]
+__all__ = ["JsonlConfig", "JsonlLogger", "NamedLogger"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +74,19 @@ class JsonlLogger:
 
     def _size(self) -> int:
         return self._path.stat().st_size if self._path.exists() else 0
+
+
+@final
+class NamedLogger:
+    """Passes records on with ``sae: NAME`` in front, for one logger that receives those of several dictionaries."""
+
+    def __init__(self, logger: Logger, name: str) -> None:
+        self._logger, self._name = logger, name
+
+    def log(self, record: Mapping[str, float | int | str | None]) -> None:
+        """Pass `record` on."""
+        self._logger.log({"sae": self._name, **record})
+
+    def close(self) -> None:
+        """Close the logger behind."""
+        self._logger.close()

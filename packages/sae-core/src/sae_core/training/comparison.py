@@ -1,0 +1,60 @@
+"""Several dictionaries of one stream side by side: what each is, what it reached, and which of them nothing beats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_core.config import unstructure
+from sae_core.format.write import write_atomically
+from sae_core.training.trainer import TrainResult
+
+__all__ = ["compared", "write_comparison"]
+
+_MEASURED = ("loss", "l0", "explained_variance", "dead_fraction")
+
+
+def compared(results: Mapping[str, TrainResult]) -> list[dict[str, Any]]:
+    """A row for each dictionary, the sparsest first: name, architecture, config, samples, the last record, `dropped`.
+
+    ``best`` is true where no other one explains as much with a smaller L0, or more with the same.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, result in results.items():
+        last = result.history[-1] if result.history else {}
+        rows.append(
+            {
+                "name": name,
+                "architecture": result.sae.architecture,
+                "config": unstructure(result.sae.config),
+                "samples": result.samples,
+                **{key: last.get(key) for key in _MEASURED},
+                "dropped": result.dropped,
+            }
+        )
+    for row in rows:
+        row["best"] = _measured(row) and not any(_beats(other, row) for other in rows if other is not row)
+    return sorted(rows, key=lambda row: (not _measured(row), row["l0"] or 0.0))
+
+
+def write_comparison(path: Path, results: Mapping[str, TrainResult]) -> None:
+    """`compared` as JSON; the file appears complete or not at all."""
+    text = json.dumps(compared(results), indent=2, ensure_ascii=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _measured(row: Mapping[str, Any]) -> bool:
+    return row["dropped"] is None and row["l0"] is not None and row["explained_variance"] is not None
+
+
+def _beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    if not _measured(other):
+        return False
+    fewer, more = other["l0"] <= row["l0"], other["explained_variance"] >= row["explained_variance"]
+    return fewer and more and (other["l0"], other["explained_variance"]) != (row["l0"], row["explained_variance"])
