@@ -222,6 +222,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     architecture: ClassVar[str]
     config_class: ClassVar[type[SAEConfig]]
     AXES: ClassVar[Mapping[str, Axis]]
+    sparsity_coefficient: ClassVar[str | None] = None
     independent_latents: ClassVar[bool] = False
     reads_sequences: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = False

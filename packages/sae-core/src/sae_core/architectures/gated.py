@@ -61,6 +61,7 @@ class GatedSAE(LinearSAE[GatedConfig]):
     }
     biases: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag")
     folds: ClassVar[bool] = True
+    sparsity_coefficient: ClassVar[str | None] = "l1_coefficient"
     independent_latents: ClassVar[bool] = True
     b_gate: nn.Parameter
     b_mag: nn.Parameter

@@ -101,6 +101,7 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
     config_class: ClassVar[type[SAEConfig]] = JumpReLUConfig
     AXES: ClassVar[Mapping[str, Axis]] = {**LinearSAE.AXES, "threshold": Axis(0, "with_norm", keep_float32=True)}
     folds: ClassVar[bool] = True
+    sparsity_coefficient: ClassVar[str | None] = "l0_coefficient"
     independent_latents: ClassVar[bool] = True
 
     def __init__(self, config: JumpReLUConfig) -> None:

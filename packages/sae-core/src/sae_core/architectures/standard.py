@@ -60,6 +60,7 @@ class StandardSAE(LinearSAE[StandardConfig]):
     architecture: ClassVar[str] = "standard"
     config_class: ClassVar[type[SAEConfig]] = StandardConfig
     folds: ClassVar[bool] = True
+    sparsity_coefficient: ClassVar[str | None] = "l1_coefficient"
     independent_latents: ClassVar[bool] = True
 
     def encode_rows(self, prepared: Prepared) -> Codes:

@@ -77,6 +77,8 @@ class Train:
                 ],
             )
         )
+        for finding in result.health:
+            print(f"\nNote: {finding}.")
         print(f"\nThe SAE is in {run.output} (with run.yaml and log.jsonl).")
         return 0
 
@@ -109,6 +111,8 @@ def _several(run: RunConfig, results: Mapping[str, TrainResult]) -> int:
     for row in rows:
         if row["dropped"]:
             print(f"dropped: {row['name']}: {row['dropped']}")
+        for finding in results[row["name"]].health:
+            print(f"Note on {row['name']}: {finding}.")
     print(f"The SAEs are in {run.output / MEMBERS}, each with its log.jsonl; {COMPARISON} has the table.")
     return 0 if any(not row["dropped"] for row in rows) else 1
 

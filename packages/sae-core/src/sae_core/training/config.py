@@ -35,6 +35,9 @@ class TrainConfig:
     grad_clip_norm: float | Schedule | None = option(
         default=1.0, help="largest gradient norm; null does not clip; may be a schedule"
     )
+    target_l0: float | None = option(
+        default=None, help="steer the architecture's sparsity coefficient to this L0; null leaves the coefficient alone"
+    )
     dead_after_samples: int | float = option(
         default=1_000_000, help="a latent is dead when it has not fired for this many samples, or fraction of the run"
     )
@@ -83,7 +86,7 @@ class TrainConfig:
         if self.grad_clip_norm is not None:
             for value in ends_of(self.grad_clip_norm):
                 require(value > 0, f"grad_clip_norm must be positive or null, not {value}")
-        for name in ("checkpoint_every_samples", "checkpoint_every_minutes"):
+        for name in ("checkpoint_every_samples", "checkpoint_every_minutes", "target_l0"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive or null, not {value}")
         require(self.init_samples > 0, f"init_samples must be positive, not {self.init_samples}")

@@ -26,6 +26,7 @@ from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.monitor import DeadLatents, Window, check_batch
 from sae_core.training.optimizer import clipped_step
 from sae_core.training.schedules import learning_rate_factor
+from sae_core.training.steering import CoefficientSteering
 
 __all__ = ["DivergedError", "Learner", "Record", "geometric_median"]
 
@@ -34,6 +35,7 @@ Record = dict[str, float | None]
 
 _FAR_BELOW_ZERO = -10.0
 _ERROR_GREW = 10.0
+_LAST_PART = 0.9
 
 
 class DivergedError(DataError):
@@ -67,6 +69,16 @@ class Learner:
         )
         self.window = Window(sae.d_out, sae.d_sae, sae.device)
         self.dead = DeadLatents(sae.d_sae, samples_of(config.dead_after_samples, config.total_samples), sae.device)
+        self._fired = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)  # over the last part of the run
+        self._fired_rows = 0
+        self.steering: CoefficientSteering | None = None
+        if config.target_l0 is not None:
+            self.steering = CoefficientSteering(
+                sae,
+                config.target_l0,
+                steps=config.total_samples / config.batch_size,
+                every=config.dead_refresh_steps,
+            )
         self.density: float | None = None
         self._dead_indices: Tensor | None = None
         self._bad_since: Tensor | None = None
@@ -113,6 +125,8 @@ class Learner:
         self.sae.train()
         if self.steps % self.config.dead_refresh_steps == 0:
             self._dead_indices = self.dead.indices()
+            if self.steering is not None:
+                self.steering.adjust()
         context = self._context(self._dead_indices)
         rows = rows_of(placed, self.sae.d_in)
         self._set_optimizer(rows, context.progress)
@@ -124,6 +138,11 @@ class Learner:
         self.sae.after_step()
         self.window.add(output)
         self.dead.add(output)
+        if context.progress >= _LAST_PART:
+            self._fired += output.codes.firing_counts()
+            self._fired_rows += output.target.shape[0]
+        if self.steering is not None:
+            self.steering.add(output)
         if self.steps == 0:
             self._first_error = _error(output)
         self.samples += rows
@@ -153,10 +172,22 @@ class Learner:
             "samples": self.samples,
             "lr": self.optimizer.param_groups[0]["lr"],
             **means,
+            **({} if self.steering is None else {"sparsity_coefficient": self.steering.coefficient}),
             "dead_fraction": (0 if dead is None else dead.numel()) / self.sae.d_sae if known else None,
         }
         self.history.append(record)
         return record
+
+    def firing_density(self) -> Tensor | None:
+        """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it."""
+        return None if not self._fired_rows else self._fired.double() / self._fired_rows
+
+    def moments(self, name: str) -> Tensor | None:
+        """Adam's running mean of the squared gradient of the parameter `name`; None before the first step."""
+        for (parameter, _), view in zip(self.sae.named_parameters(), self._parameters, strict=True):
+            if parameter == name:
+                return self.optimizer.state.get(view.contiguous, {}).get("exp_avg_sq")
+        return None
 
     # The whole state.
 
@@ -175,7 +206,10 @@ class Learner:
             "window": self.window.state_dict(),
             "silent_samples": self.dead.samples_since_fired,
             "dead": self._dead_indices,
+            "fired": self._fired,
+            "fired_rows": self._fired_rows,
             "density": self.density,
+            "steering": None if self.steering is None else self.steering.state_dict(),
             "bad_since": self._bad_since,
             "first_error": self._first_error,
             "best_error": self._best_error,
@@ -199,9 +233,13 @@ class Learner:
                 }
         self.window.load_state_dict(state["window"])
         self.dead.samples_since_fired.copy_(state["silent_samples"])
+        self._fired.copy_(state["fired"])
+        self._fired_rows = state["fired_rows"]
         self._dead_indices, self._bad_since, self._first_error = (
             None if state[key] is None else state[key].to(device) for key in ("dead", "bad_since", "first_error")
         )
+        if self.steering is not None and state["steering"] is not None:
+            self.steering.load_state_dict(state["steering"])
         self.density, self._best_error = state["density"], state["best_error"]
         self.samples, self.steps, self.history = state["samples"], state["steps"], list(state["history"])
 

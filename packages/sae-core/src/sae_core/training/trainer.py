@@ -35,6 +35,7 @@ from sae_core.sae import SAE, StepOutput, create
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.facts import config_facts, differences, source_facts, version_facts
+from sae_core.training.health import health
 from sae_core.training.learner import DivergedError, Learner, Record
 
 __all__ = ["Callback", "Progress", "Record", "TrainResult", "Trainer"]
@@ -71,6 +72,8 @@ class TrainResult:
     samples: int = 0
     seconds: float = 0.0
     dropped: str | None = None
+    health: list[str] = field(default_factory=list[str])
+    """What is not well, and what to do about it."""
 
 
 @final
@@ -200,7 +203,9 @@ class Trainer:
     def results(self, seconds: float = 0.0) -> dict[str, TrainResult]:
         """What has come out so far, by name."""
         return {
-            name: TrainResult(each.sae.eval(), each.history, each.samples, seconds, self.dropped.get(name))
+            name: TrainResult(
+                each.sae.eval(), each.history, each.samples, seconds, self.dropped.get(name), health(each)
+            )
             for name, each in self.learners.items()
         }
 
@@ -315,7 +320,10 @@ class Trainer:
                 raise FormatError(f"{folder}: no checkpoint there")
             state, checkpoints = found.state, checkpoints or folder
         saved = {name: structure(c, TrainConfig, where="checkpoint") for name, c in state["configs"].items()}
-        saes = {name: _new_sae(learner, device) for name, learner in state["learners"].items()}
+        saes = {
+            name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
+            for name, learner in state["learners"].items()
+        }
         one = saes[""] if list(saes) == [""] else saes
         trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints)
         trainer.load_state_dict(state, force=force)
@@ -548,10 +556,6 @@ def _quoted(name: str) -> str:
 
 def _joined(what: str, name: str) -> str:
     return f"{what}.{name}" if name else what
-
-
-def _new_sae(learner: Mapping[str, Any], device: str | torch.device) -> SAE:
-    return create(learner["architecture"], device=device, dtype=learner["dtype"], **learner["sae_config"])
 
 
 def _restore_loggers(loggers: Sequence[Logger], saved: Sequence[Mapping[str, Any]]) -> None:

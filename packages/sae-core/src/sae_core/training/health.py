@@ -1,0 +1,68 @@
+"""What a finished training should be told about itself: each sentence is a finding and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sae_core.training.learner import Learner
+
+__all__ = ["health"]
+
+_MANY_DEAD, _MANY_STILL, _OFTEN, _MANY_OFTEN, _OFF = 0.1, 0.1, 0.5, 0.01, 0.1
+
+
+def health(learner: Learner) -> list[str]:
+    """Findings about dead, dense and never trained latents, and about an L0 that was asked for; empty when all is well.
+
+    Looks at the last record, at how often latents fired over the last tenth of the run, and at Adam's moments.
+    """
+    return [*_dead(learner), *_dense(learner), *_still(learner), *_sparsity(learner)]
+
+
+def _dead(learner: Learner) -> Iterator[str]:
+    fraction = learner.history[-1]["dead_fraction"] if learner.history else None
+    if fraction is not None and fraction > _MANY_DEAD:
+        yield (
+            f"{fraction:.0%} of the latents are dead (silent for {learner.dead.after:,} samples): use a smaller dictionary, a "
+            "lower lr, or a larger weight of the loss that revives dead latents, if the architecture has one"
+        )
+
+
+def _dense(learner: Learner) -> Iterator[str]:
+    density = learner.firing_density()
+    if density is None:
+        return
+    often = int((density > _OFTEN).sum())
+    if often > _MANY_OFTEN * learner.sae.d_sae:
+        yield (
+            f"{often} of {learner.sae.d_sae} latents fire on more than half of the samples: ask for more sparsity, or look "
+            "whether the activations have a large mean that init_b_dec should take up"
+        )
+
+
+def _still(learner: Learner) -> Iterator[str]:
+    for name, parameter in learner.sae.named_parameters():
+        if parameter.dim() != 1 or parameter.shape[0] != learner.sae.d_sae:
+            continue
+        moments = learner.moments(name)
+        if moments is None:
+            continue
+        still = int((moments == 0).sum())
+        if still > _MANY_STILL * learner.sae.d_sae:
+            yield (
+                f"{still} of {learner.sae.d_sae} entries of {name} never got a gradient and are where they started: their "
+                "latents never fired, or the window that gives thresholds a gradient is too narrow for these activations"
+            )
+
+
+def _sparsity(learner: Learner) -> Iterator[str]:
+    steering, l0 = learner.steering, learner.history[-1]["l0"] if learner.history else None
+    if steering is None or l0 is None:
+        return
+    target = steering.controller.target
+    if abs(l0 / target - 1) > _OFF:
+        yield (
+            f"L0 is {l0:.4g}, and target_l0 asked for {target:.4g}; the sparsity coefficient went from "
+            f"{steering.started_at:.4g} to {steering.coefficient:.4g}: train longer, or start nearer to where it went, unless "
+            "it kept growing without effect; then start higher or lower lr"
+        )
