@@ -1,0 +1,127 @@
+"""Runs of every kind, killed at random moments, while they write a checkpoint and while they save at the end.
+
+Each ends, bit for bit, as the run that was left alone: weights, config, metadata and log.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import runpy
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+COMMAND = Path(__file__).parents[1] / "packages" / "sae-core" / "tests" / "command_process.py"
+SYNTHETIC = {
+    "name": "synthetic",
+    "num_features": 40,
+    "d_in": 12,
+    "firing_probability": 0.1,
+    "std_firing_magnitudes": 0.2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "topk": {"k": {"from": 6, "to": 3, "over": 0.5}},
+    "batchtopk": {"k": 3, "normalize_activations": "expected_average_only_in"},
+    "matryoshka_batchtopk": {"k": 3, "matryoshka_widths": [8, 16]},
+    "jumprelu": {"l0_coefficient": 0.01, "pre_act_loss_coefficient": 0.001},
+    "gated": {"l1_coefficient": 0.1},
+    "standard": {"l1_coefficient": 0.05, "normalize_activations": "covariance_whitening"},
+}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Where processes with everything imported are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["sae_core.run", "sae_core.cli", "torch._dynamo", "tqdm.auto", "sae_synthetic.source"]
+    )
+    return context
+
+
+def start(processes: Any, *argv: str | Path, errors: Path) -> BaseProcess:
+    given = {"ARGV": [str(part) for part in argv], "ERRORS": str(errors)}
+    process = processes.Process(target=runpy.run_path, args=(str(COMMAND), given))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], Any], process: BaseProcess) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.0002)
+
+
+def left(folder: Path) -> dict[str, bytes]:
+    """What a finished run leaves, besides checkpoints and the run file, which names its folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "checkpoints" not in path.parts and path.name != "run.yaml"
+    }
+
+
+def writing_a_checkpoint(out: Path) -> bool:
+    folder = out / "checkpoints"
+    return folder.is_dir() and any(path.name.startswith(".") for path in folder.iterdir())
+
+
+def saving_at_the_end(out: Path) -> bool:
+    return out.is_dir() and any("sae_weights" in path.name for path in out.iterdir())
+
+
+def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, moments: list[str]) -> dict[str, int]:
+    """Run it whole; run it again, killing it at these moments; compare; say how many kills hit."""
+    out, errors, file = tmp_path / "out", tmp_path / "errors", tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**run, "output": str(out)}))
+    began = time.monotonic()
+    assert ended(start(processes, "train", file, "--set", f"output={tmp_path / 'whole'}", errors=errors)) == 0, (
+        errors.read_text()
+    )
+    duration = time.monotonic() - began
+    chance = random.Random(1)
+    hits = dict.fromkeys(moments, 0)
+    for moment in moments:
+        process = start(processes, "train", file, "--resume", errors=errors)
+        if moment == "checkpoint":
+            wait_for(lambda: writing_a_checkpoint(out), process)
+        elif moment == "end":
+            wait_for(lambda: saving_at_the_end(out), process)
+        else:
+            time.sleep(chance.uniform(0, duration / 2))
+        process.kill()
+        hits[moment] += ended(process) == -signal.SIGKILL
+    assert ended(start(processes, "train", file, "--resume", errors=errors)) == 0, errors.read_text()
+    assert left(out) == left(tmp_path / "whole")
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_synthetic_runs_of_every_architecture(architecture: str, processes: Any, tmp_path: Path) -> None:
+    train = {
+        "total_samples": 16_000, "batch_size": 40, "lr": 0.003, "log_every_steps": 7, "dead_after_samples": 400,
+        "init_samples": 300, "checkpoint_every_samples": 1000, "progress_bar": False,
+    }  # fmt: skip
+    run = {
+        "sae": {"architecture": architecture, "d_sae": 32, **ARCHITECTURES[architecture]},
+        "source": SYNTHETIC,
+        "train": train,
+    }
+    moments = ["anywhere", "checkpoint", "anywhere", "anywhere"] * 4 + ["anywhere", "anywhere", "end", "end"]
+    hits = killed_and_resumed(processes, run, tmp_path, moments)
+    assert hits["anywhere"] >= 5
+    assert hits["checkpoint"] >= 2
+    print(hits)
