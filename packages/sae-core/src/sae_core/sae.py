@@ -214,6 +214,7 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     infinite values; floating inputs of another precision are cast to the parameters'.
 
     A class says of itself: `AXES`, its parameters and buffers by name (a pattern like ``layers.*`` names several);
+    `sparsity_coefficient`, the config field that weighs sparsity against reconstruction, for ``target_l0`` to steer;
     `independent_latents`, a latent's value does not depend on the other latents, so that some of them can be loaded alone;
     `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
     `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`.

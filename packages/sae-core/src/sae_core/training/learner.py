@@ -184,10 +184,7 @@ class Learner:
 
     def moments(self, name: str) -> Tensor | None:
         """Adam's running mean of the squared gradient of the parameter `name`; None before the first step."""
-        for (parameter, _), view in zip(self.sae.named_parameters(), self._parameters, strict=True):
-            if parameter == name:
-                return self.optimizer.state.get(view.contiguous, {}).get("exp_avg_sq")
-        return None
+        return self.optimizer.state.get(self.sae.get_parameter(name), {}).get("exp_avg_sq")
 
     # The whole state.
 
