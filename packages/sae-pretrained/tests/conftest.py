@@ -145,7 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id, revision)
         if repository is None:
             return None
-        common = {"X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+        commit = revision if revision in repository.history else repository.commit
+        common = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if name not in repository.files:
             return self.send(
                 404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", **common}

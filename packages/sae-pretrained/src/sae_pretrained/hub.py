@@ -124,9 +124,7 @@ class HubFiles:
             with self._cache_trouble():
                 cached.resolve().unlink(missing_ok=True)
                 cached.unlink(missing_ok=True)
-        if not cached.is_file():
-            self._download(inside(name))
-        return cached
+        return cached if cached.is_file() else self._download(inside(name))
 
     def _cheap_problem(self, cached: Path) -> str | None:
         """What is wrong with a small file in the cache; large ones are left to ``pretrained verify``, which takes a while."""
@@ -197,7 +195,7 @@ class HubFiles:
             _write(self._listing_file(commit), json.dumps(names))
         return commit
 
-    def _download(self, name: str) -> None:
+    def _download(self, name: str) -> Path:
         """Let huggingface_hub fetch the file into its cache, and check what arrived; a damaged file is fetched once more."""
         from huggingface_hub import hf_hub_download
 
@@ -220,7 +218,7 @@ class HubFiles:
             blob = Path(path).resolve()
             problem = checksum_problem(blob, blob.name)
             if problem is None:
-                return
+                return Path(path)
             _log.warning("%s: damaged in transfer (%s)", name, problem)
             with self._cache_trouble():
                 Path(path).unlink(missing_ok=True)
