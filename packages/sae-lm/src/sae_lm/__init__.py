@@ -9,12 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lm.baseline import RandomDictionary
     from sae_lm.cached import CachedActivations, CachedActivationsConfig
     from sae_lm.caching import write_cache
-    from sae_lm.evaluate import Evaluation, evaluate_candidates, evaluate_sae
+    from sae_lm.check import CheckError, CheckReport, check
+    from sae_lm.evaluate import evaluate, evaluate_activations, evaluate_candidates, evaluate_sae, evaluate_saes
     from sae_lm.hooks import HookPoint, capture, edited, replaced
     from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
     from sae_lm.pretokenized import pretokenize
+    from sae_lm.results import Evaluation
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
     from sae_lm.splicing import Attached, Splice, attach, spliced
     from sae_lm.text import TextConfig, documents
@@ -26,11 +29,14 @@ __all__ = [
     "Attached",
     "CachedActivations",
     "CachedActivationsConfig",
+    "CheckError",
+    "CheckReport",
     "Edit",
     "Evaluation",
     "HookPoint",
     "HuggingFaceSource",
     "HuggingFaceSourceConfig",
+    "RandomDictionary",
     "Splice",
     "TextConfig",
     "TokenPolicy",
@@ -39,11 +45,15 @@ __all__ = [
     "ablate",
     "attach",
     "capture",
+    "check",
     "clamp",
     "documents",
     "edited",
+    "evaluate",
+    "evaluate_activations",
     "evaluate_candidates",
     "evaluate_sae",
+    "evaluate_saes",
     "keep_only",
     "pretokenize",
     "preview",
@@ -59,11 +69,14 @@ _HOMES = {
     "Attached": "sae_lm.splicing",
     "CachedActivations": "sae_lm.cached",
     "CachedActivationsConfig": "sae_lm.cached",
+    "CheckError": "sae_lm.check",
+    "CheckReport": "sae_lm.check",
     "Edit": "sae_lm.latents",
-    "Evaluation": "sae_lm.evaluate",
+    "Evaluation": "sae_lm.results",
     "HookPoint": "sae_lm.hooks",
     "HuggingFaceSource": "sae_lm.source",
     "HuggingFaceSourceConfig": "sae_lm.source",
+    "RandomDictionary": "sae_lm.baseline",
     "Splice": "sae_lm.splicing",
     "TextConfig": "sae_lm.text",
     "TokenPolicy": "sae_lm.tokens",
@@ -71,11 +84,15 @@ _HOMES = {
     "ablate": "sae_lm.latents",
     "attach": "sae_lm.splicing",
     "capture": "sae_lm.hooks",
+    "check": "sae_lm.check",
     "clamp": "sae_lm.latents",
     "documents": "sae_lm.text",
     "edited": "sae_lm.hooks",
+    "evaluate": "sae_lm.evaluate",
+    "evaluate_activations": "sae_lm.evaluate",
     "evaluate_candidates": "sae_lm.evaluate",
     "evaluate_sae": "sae_lm.evaluate",
+    "evaluate_saes": "sae_lm.evaluate",
     "keep_only": "sae_lm.latents",
     "pretokenize": "sae_lm.pretokenized",
     "preview": "sae_lm.tokens",

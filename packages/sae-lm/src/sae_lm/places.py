@@ -24,7 +24,7 @@ from sae_lm.hooks import HookPoint, find_module
 from sae_lm.model import is_transformer_lens
 from sae_lm.names import module_path
 
-__all__ = ["Place", "Route", "preparation", "reads_sequences", "route_of", "widths_of"]
+__all__ = ["Place", "Route", "preparation", "reads_sequences", "route_of", "says_place", "widths_of"]
 
 # What TransformerLens's preparations of weights do to activations. Those of which nothing reaches a hook point need nothing.
 _HARMLESS = frozenset(
@@ -121,6 +121,12 @@ def reads_sequences(sae: SAE[Any]) -> bool:
     return bool(getattr(type(sae), "reads_sequences", False))
 
 
+def says_place(sae: SAE[Any]) -> bool:
+    """Whether a dictionary says where it belongs, by its metadata or by the names of its sites."""
+    reads, _ = widths_of(sae)
+    return "" not in reads or any(isinstance(sae.metadata.get(key), str) for key in ("hook_name", "hf_hook_name"))
+
+
 def route_of(sae: SAE[Any], model: nn.Module, at: str | None = None) -> Route:
     """Where `sae` belongs in `model`: where `at` says, or else where its metadata do.
 
@@ -149,9 +155,11 @@ def route_of(sae: SAE[Any], model: nn.Module, at: str | None = None) -> Route:
     head_out = head if sae.reconstructs_input else sae.metadata.get("hook_head_index_out")
 
     def places(points: list[HookPoint], widths: Mapping[str, int], head: Any, name: Any) -> tuple[Place, ...]:
+        own = head if isinstance(head, int) else None
         centred = prepared and _last(name) in _WRITTEN
+        # A model that has the hook under the very name it had in training was made as that one was.
         return tuple(
-            Place(point=point, width=width, head=head if isinstance(head, int) else None, centred=centred)
+            Place(point=point, width=width, head=own, centred=centred and str(point) != name)
             for point, width in zip(points, widths.values(), strict=True)
         )
 
@@ -194,11 +202,11 @@ def _points(text: str, model: nn.Module, whole: str) -> list[HookPoint]:
     require(all(names), f"splice at {whole!r}: write PLACE, or PLACE -> PLACE; several places with commas")
     found: list[HookPoint] = []
     for name in names:
-        point = _located(name, model)
-        if point is None:
-            find_module(model, HookPoint.parse(name).module)  # raises, and says what is near
-            raise ConfigError(f"splice at {whole!r}: there is no {name!r} in the model")
-        found.append(point)
+        point = HookPoint.parse(name)
+        translated = None if _has(model, point.module) else _translated(name, model)
+        if translated is None:
+            find_module(model, point.module)  # raises, and says what is near
+        found.append(translated or point)
     return found
 
 
@@ -211,9 +219,14 @@ def _from_metadata(sae: SAE[Any], model: nn.Module, sites: list[str], end: str) 
             + (" -> 'another'" if end else "")
         )
     for names in named:
-        points = [_located(name, model) for name in names]
+        points = [_inside(name, model) for name in names]
         if all(point is not None for point in points):
             return [point for point in points if point is not None]
+    if not isinstance(sae.metadata.get(f"hf_hook_name{end}"), str):
+        for names in named:
+            points = [_translated(name, model) for name in names]
+            if all(point is not None for point in points):
+                return [point for point in points if point is not None]
     tried = " or ".join(", ".join(names) for names in named)
     missing = HookPoint.parse(named[-1][0]).module
     raise ConfigError(
@@ -222,29 +235,34 @@ def _from_metadata(sae: SAE[Any], model: nn.Module, sites: list[str], end: str) 
 
 
 def _named(metadata: Mapping[str, Any], end: str) -> list[str]:
-    """The names of a place that the metadata give, surest first."""
+    """The names of a place that the metadata give."""
     return [
         name for name in (metadata.get(f"hook_name{end}"), metadata.get(f"hf_hook_name{end}")) if isinstance(name, str)
     ]
 
 
-def _located(name: str, model: nn.Module) -> HookPoint | None:
-    """The place in `model` that `name` means: as it stands, where the language model is a part of a larger model, or by
-    its TransformerLens name."""
+def _inside(name: str, model: nn.Module) -> HookPoint | None:
+    """The place of this name, also where the language model is the whole or a part of a larger model, and where a path
+    begins inside the base model, as sparsify writes it: layers.3 for model.layers.3."""
     point = HookPoint.parse(name)
-    candidates = [point, *(replace(point, module=module) for module in _spellings(point.module))]
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if (other := module_path(model_type, name)) is not None:
-        candidates.append(other)
-    for candidate in candidates:
-        try:
-            find_module(model, candidate.module)
-        except ConfigError:
-            continue
-        return candidate
-    return None
+    inner = point.module.removeprefix("model.").removeprefix("language_model.")
+    others = [f"model.{inner}", f"model.language_model.{inner}", inner] if point.module.startswith("model.") else []
+    for module in (point.module, *others):
+        if _has(model, module):
+            return replace(point, module=module)
+    ends = [module for module, _ in model.named_modules() if module.endswith(f".{point.module}")]
+    return replace(point, module=ends[0]) if len(ends) == 1 else None
 
 
-def _spellings(module: str) -> list[str]:
-    inner = module.removeprefix("model.").removeprefix("language_model.")
-    return [f"model.{inner}", f"model.language_model.{inner}", inner] if module.startswith("model.") else []
+def _translated(name: str, model: nn.Module) -> HookPoint | None:
+    """The place with this TransformerLens name in a model of transformers."""
+    point = module_path(getattr(getattr(model, "config", None), "model_type", None), name)
+    return point if point is not None and _has(model, point.module) else None
+
+
+def _has(model: nn.Module, module: str) -> bool:
+    try:
+        find_module(model, module)
+    except ConfigError:
+        return False
+    return True

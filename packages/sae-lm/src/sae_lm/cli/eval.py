@@ -1,4 +1,4 @@
-"""``sae-core eval PATH``: what a saved SAE does to the language model it was trained on."""
+"""``sae-core eval PATH…``: what saved SAEs do to the language model they were trained on."""
 
 from __future__ import annotations
 
@@ -11,127 +11,190 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
 if TYPE_CHECKING:
-    from sae_core.protocols import Metric
+    from sae_core import SAE
 
-    from sae_lm.evaluate import Evaluation
+    from sae_lm.results import Evaluation
     from sae_lm.source import HuggingFaceSource
 
 __all__ = ["Eval"]
 
-_ROWS = (
-    ("explained variance", "explained_variance", "{:.4f}"),
-    ("  forgiving a constant offset", "explained_variance_centered", "{:.4f}"),
-    ("mean squared error", "mse", "{:.5g}"),
-    ("cosine similarity", "cosine_similarity", "{:.4f}"),
-    ("L0", "l0", "{:.2f}"),
-    ("dead latents", "dead_fraction", "{:.2%}"),
-    ("cross-entropy", "ce", "{:.4f}"),
-    ("cross-entropy recovered", "ce_recovered", "{:.4f}"),
-    ("KL from the clean model", "kl", "{:.4f}"),
-)
-
 
 @final
 class Eval:
-    """Evaluate a saved SAE."""
+    """Evaluate saved SAEs."""
 
-    help: ClassVar[str] = "Evaluate a saved SAE in its language model on held-out text"
+    help: ClassVar[str] = "Evaluate saved SAEs in their language model on held-out text"
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("path", metavar="PATH", help="folder of the saved SAE")
+        parser.add_argument(
+            "paths",
+            metavar="PATH",
+            nargs="+",
+            help="folders of saved SAEs; several of one model are evaluated in one pass",
+        )
         parser.add_argument(
             "--tokens", type=int, default=8_192, metavar="N", help="activations to evaluate on (default: 8192)"
         )
+        parser.add_argument("--text", metavar="FILE", help="evaluate on all of this text file instead of held-out text")
         parser.add_argument(
-            "--text", metavar="FILE", help="evaluate on all of this .txt or .jsonl file instead of held-out text"
-        )
+            "--data", metavar="FILE", action="append", default=[],
+            help="evaluate on activations in this .safetensors or .npy file or folder, without a model; may be repeated",
+        )  # fmt: skip
         parser.add_argument("--device", default="auto", help="where model and SAE run (default: cuda if there is one)")
         parser.add_argument("--batch-prompts", type=int, default=8, metavar="N", help="windows at once (default: 8)")
-        parser.add_argument("--seed", type=int, default=0, help="seed of the random SAE (default: 0)")
-        parser.add_argument("--no-random", action="store_true", help="leave out the random SAE")
         parser.add_argument(
-            "--set",
-            dest="overrides",
-            metavar="KEY=VALUE",
-            action="append",
-            default=[],
+            "--seed", type=int, default=0, help="seed of the random SAE and the resampling (default: 0)"
+        )
+        parser.add_argument("--no-random", action="store_true", help="leave out the random SAE of equal L0")
+        parser.add_argument(
+            "--resamples",
+            type=int,
+            default=1000,
+            metavar="N",
+            help="resamples for 95%% intervals, 0 for none (default: 1000)",
+        )
+        parser.add_argument(
+            "--saelens", action="store_true", help="also the numbers that SAELens defines otherwise, under its names"
+        )
+        parser.add_argument(
+            "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
             help="change or supply a setting of the activation source, say model=NAME or text.split=test; may be repeated",
-        )
+        )  # fmt: skip
         parser.add_argument(
-            "--metric",
-            dest="metrics",
-            metavar="NAME",
-            action="append",
-            default=[],
+            "--metric", dest="metrics", metavar="NAME", action="append", default=[],
             help="a further metric, see `sae-core list metrics`; may be repeated",
-        )
+        )  # fmt: skip
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument("--csv", metavar="FILE", help="also write the numbers as CSV")
+        parser.add_argument("--html", metavar="FILE", help="also write a page")
+        parser.add_argument("--no-save", action="store_true", help="do not keep the results beside the SAE")
 
     def run(self, args: argparse.Namespace) -> int:
         """Evaluate and print."""
         from sae_core import SAE
         from sae_core.config import require
         from sae_core.plugins import get_registry
-        from tqdm.auto import tqdm
 
-        from sae_lm.evaluate import evaluate_sae
         from sae_lm.model import place
 
         require(args.tokens > 0, f"--tokens must be positive, not {args.tokens}")
         require(args.batch_prompts > 0, f"--batch-prompts must be positive, not {args.batch_prompts}")
-        more_metrics = [get_registry().resolve("metric", name) for name in args.metrics]
-        sae = SAE.load(args.path, device=place(args.device))
-        source = _source(sae.metadata, args)
-        with tqdm(total=args.tokens, unit="token", disable=None) as bar:  # None: only on a terminal
-            result = evaluate_sae(
-                sae,
-                source,
-                tokens=args.tokens,
-                part="held_out" if args.text is None else "all",
-                batch_prompts=args.batch_prompts,
-                baseline=not args.no_random,
-                seed=args.seed,
-                more_metrics=cast("list[type[Metric]]", more_metrics),
-                progress=lambda done: bar.update(done - bar.n),
-            )
-        described = _described(source, args)
-        _warn_of_other_python(sae.metadata, source)
-        if result.activations < args.tokens:
-            print(f"sae-core: the text holds only {result.activations:,} of {args.tokens:,} tokens", file=sys.stderr)
+        require(args.resamples >= 0, f"--resamples must not be negative, it is {args.resamples}")
+        require(not (args.data and args.text), "--data and --text: choose one")
+        more_metrics: list[Any] = [get_registry().resolve("metric", name) for name in args.metrics]
+        names = _names(args.paths)
+        saes = {name: SAE.load(path, device=place(args.device)) for name, path in zip(names, args.paths, strict=True)}
+        result, facts = (_on_activations if args.data else _in_the_model)(saes, args, more_metrics)
+        facts = {"sae": [str(path) for path in args.paths] if len(args.paths) > 1 else str(args.paths[0]), **facts}
+        if not args.no_save:
+            _keep(result, facts, names, args.paths)
+        for target, content in ((args.csv, result.as_csv), (args.html, lambda: result.as_html(facts))):
+            if target is not None:
+                Path(target).write_text(content(), encoding="utf-8")
         if args.json:
-            print(json.dumps({"sae": str(args.path), **described, **result.as_dict()}, indent=2))
+            print(json.dumps({**facts, **result.as_dict()}, indent=2))
         else:
-            print(_report(result, described))
+            print(_report(result, facts))
         return 0
 
 
-def _source(metadata: Mapping[str, Any], args: argparse.Namespace) -> HuggingFaceSource:
-    """The source the SAE was trained on, changed as the command line says."""
-    from sae_core.config import require, structure
-    from sae_core.errors import ConfigError
-    from sae_core.yaml_text import set_by_override
+def _names(paths: Sequence[str]) -> list[str]:
+    """Short names for SAEs by their folders: as much of the path as tells them apart."""
+    from sae_core.config import require
 
-    from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
+    if len(paths) == 1:
+        return ["sae"]
+    parts = [Path(path).resolve().parts for path in paths]
+    require(len(set(parts)) == len(parts), "eval: an SAE is given twice")
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
 
-    known = cast("Mapping[str, Any]", metadata.get("sae_lm") or {}).get("source", {})
-    settings: dict[str, Any] = {**known, "device": args.device}
-    for override in args.overrides:
-        set_by_override(settings, override)
-    if args.text is not None:
-        settings["text"] = {"kind": "file", "path": str(Path(args.text))}
-    missing = sorted({"model", "hook"} - set(settings))
-    if missing:
-        raise ConfigError(
-            f"eval: {args.path} does not say on what it was trained; give {' and '.join(missing)}, "
-            "for example: --set model=NAME --set hook=model.layers.9"
-        )
-    config = structure(settings, HuggingFaceSourceConfig, where="eval")
-    require(
-        args.text is not None or config.text.held_out > 0,
-        "eval: no text was held out in training (text.held_out is 0); give other text with --text FILE",
+
+def _on_activations(
+    saes: Mapping[str, SAE[Any]], args: argparse.Namespace, more_metrics: Sequence[Any]
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Numbers that need no model, on activations from files."""
+    from itertools import islice
+
+    from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
+
+    from sae_lm.evaluate import evaluate_activations
+
+    source = TensorFiles(TensorFilesConfig(paths=[Path(path) for path in args.data], shuffle=False))
+    device = next(iter(saes.values())).device
+    size = 1024
+
+    def batches() -> Any:
+        taken = (batch.to(device) for batch in source.batches(size))
+        yield from islice(taken, -(-args.tokens // size))
+
+    result = evaluate_activations(
+        saes,
+        batches,
+        baseline=not args.no_random,
+        seed=args.seed,
+        saelens=args.saelens,
+        resamples=args.resamples,
+        more_metrics=more_metrics,
     )
-    return HuggingFaceSource(config)
+    return result, {"data": ", ".join(args.data)}
+
+
+def _in_the_model(
+    saes: Mapping[str, SAE[Any]], args: argparse.Namespace, more_metrics: Sequence[Any]
+) -> tuple[Evaluation, dict[str, Any]]:
+    from tqdm.auto import tqdm
+
+    from sae_lm.evaluate import evaluate_saes
+    from sae_lm.origin import source_of
+
+    hook = next((text.partition("=")[2] for text in args.overrides if text.startswith("hook=")), None)
+    source, places, part = source_of(
+        saes, overrides=args.overrides, hook=hook, text=args.text, device=args.device, command="eval"
+    )
+    with tqdm(total=args.tokens, unit="token", disable=None) as bar:  # None: only on a terminal
+        result = evaluate_saes(
+            saes,
+            source,
+            at=places,
+            tokens=args.tokens,
+            part=part,
+            batch_prompts=args.batch_prompts,
+            baseline=not args.no_random,
+            seed=args.seed,
+            saelens=args.saelens,
+            resamples=args.resamples,
+            more_metrics=more_metrics,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    for sae in saes.values():
+        _warn_of_other_python(sae.metadata, source)
+    if result.activations < args.tokens:
+        print(f"sae-core: the text holds only {result.activations:,} of {args.tokens:,} tokens", file=sys.stderr)
+    config = source.config
+    held_out = "documents held out from training" if part == "held_out" else "all of it"
+    return result, {
+        "model": config.model,
+        "hook": ", ".join(dict.fromkeys(result.places.values())),
+        "text": f"{config.text.description}, {held_out}",
+        "context_size": config.context_size,
+    }
+
+
+def _keep(result: Evaluation, facts: Mapping[str, Any], names: Sequence[str], paths: Sequence[str]) -> None:
+    """Results beside each SAE that is a folder one can write to; otherwise it is said."""
+    import os
+
+    for name, path in zip(names, paths, strict=True):
+        folder = Path(path)
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            print(f"sae-core: {path} is no folder to write to; the results are not kept beside it", file=sys.stderr)
+            continue
+        own = [candidate for candidate in result.candidates if candidate in (name, "random", f"{name}/random")]
+        result.only(own).save(folder, {**facts, "sae": str(path)})
 
 
 def _warn_of_other_python(metadata: Mapping[str, Any], source: HuggingFaceSource) -> None:
@@ -145,34 +208,41 @@ def _warn_of_other_python(metadata: Mapping[str, Any], source: HuggingFaceSource
         )
 
 
-def _described(source: HuggingFaceSource, args: argparse.Namespace) -> dict[str, Any]:
-    config = source.config
-    text = f"{config.text.description}, " + ("all of it" if args.text else "documents held out from training")
-    return {"model": config.model, "hook": str(source.point), "text": text, "context_size": config.context_size}
-
-
-def _report(result: Evaluation, described: Mapping[str, Any]) -> str:
+def _report(result: Evaluation, facts: Mapping[str, Any]) -> str:
     from sae_core.cli.tables import table
 
-    from sae_lm.evaluate import MASK_RULE
+    from sae_lm.metrics import DEFINITIONS
+    from sae_lm.results import MASK_RULE, SUMMARIES
 
-    titles = {"sae": "SAE", "random": "RANDOM SAE"}
+    known = {d.name: (d.label, d.form) for d in DEFINITIONS} | {k: (v[0], v[2]) for k, v in SUMMARIES.items()}
+    found = dict.fromkeys(name for metrics in result.candidates.values() for name in metrics)
     rows: list[Sequence[str]] = []
-    known = {name for _, name, _ in _ROWS}
-    more = dict.fromkeys(name for metrics in result.candidates.values() for name in metrics if name not in known)
-    for label, name, form in [*_ROWS, *((name, name, "{:.5g}") for name in more)]:
+    for name in [*(n for n in known if n in found), *(n for n in found if n not in known)]:
+        label, form = known.get(name, (name, "{:.5g}"))
         cells = [_cell(metrics.get(name), form) for metrics in result.candidates.values()]
+        spans = next(iter(result.intervals.values()), {}).get(name)
         if any(cells):
-            rows.append([label, *cells])
-    lines = [f"{described['model']}, {described['hook']}", f"{described['text']}"]
-    counts = f"{result.activations:,} activations in {result.windows:,} windows of {described['context_size']}"
+            between = f"{form.format(spans[0])} – {form.format(spans[1])}" if spans else ""
+            rows.append([label, *cells, *([between] if result.intervals else [])])
+    lines = [
+        ", ".join(str(facts[key]) for key in ("model", "hook", "data") if key in facts),
+        str(facts.get("text", "")),
+    ]
+    counts = f"{result.activations:,} activations in {result.windows:,} windows"
+    counts += f" of {facts['context_size']}" if "context_size" in facts else ""
     if result.predictions:
         counts += f", {result.predictions:,} next tokens"
-        ends = f"Cross-entropy: clean {result.ce_clean:.4f}, with zeros {result.ce_zero_ablation:.4f} nats a token."
+        ends = "Cross-entropies in nats a token."
     else:
-        ends = "The model predicts no next tokens, so there is no cross-entropy."
-    lines += [counts, "", table(["", *(titles.get(name, name) for name in result.candidates)], rows), "", ends]
-    return "\n".join([*lines, f"Mask: {MASK_RULE}."])
+        ends = "The model predicts no next tokens, so there is no cross-entropy." if "model" in facts else ""
+    first = next(iter(result.candidates))
+    heads = ["", *(_TITLES.get(name, name) for name in result.candidates)]
+    heads += [f"95 % OF {_TITLES.get(first, first)}"] if result.intervals else []
+    lines += [counts, "", table(heads, rows), "", ends, f"Mask: {MASK_RULE}."]
+    return "\n".join(line for number, line in enumerate(lines) if line or number > 2)
+
+
+_TITLES = {"sae": "SAE", "random": "RANDOM SAE"}
 
 
 def _cell(value: float | None, form: str) -> str:
