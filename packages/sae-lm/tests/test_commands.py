@@ -209,7 +209,7 @@ def test_centred_weights_of_training_are_honoured(tmp_path: Path, tokenizer: Any
     with torch.no_grad():
         sae.W_dec.zero_()
         sae.W_dec[:30].copy_(torch.cat([basis, -basis]))
-        sae.get_parameter("W_enc").copy_(sae.W_dec.T)
+        sae.W_enc.copy_(sae.W_dec.T)
         sae.get_parameter("b_enc").zero_()
         sae.b_dec.zero_()
     sae.metadata = {

@@ -397,7 +397,7 @@ def test_many_saes_of_one_model_in_one_pass_have_the_numbers_that_they_have_alon
 
 
 def test_a_transcoder_is_evaluated_at_its_target(source: Callable[..., HuggingFaceSource], llama: Any) -> None:
-    transcoder = create("topk_transcoder", d_in=32, d_out=32, d_sae=64, k=8, seed=1).requires_grad_(False)
+    transcoder = create("topk", d_in=32, d_out=32, d_sae=64, k=8, seed=1).requires_grad_(False)
     transcoder.metadata = {"hook_name": "model.layers.1.mlp:input", "hook_name_out": "model.layers.1.mlp"}
     result = evaluate_sae(transcoder, source(), tokens=200)
     windows = list(first_tokens(source().windows("held_out", rows=4), 200))
@@ -412,6 +412,33 @@ def test_a_transcoder_is_evaluated_at_its_target(source: Callable[..., HuggingFa
     assert result.candidates["sae"]["explained_variance"] == pytest.approx(float(expected), rel=1e-3)
     assert result.places["sae"] == "model.layers.1.mlp:input -> model.layers.1.mlp"
     assert "ce_recovered" in result.candidates["random"]
+
+
+def test_a_temporal_dictionary_is_evaluated_on_whole_windows(
+    source: Callable[..., HuggingFaceSource], llama: Any
+) -> None:
+    sae = create("temporal", d_in=32, d_sae=64, n_heads=2, bottleneck_factor=8, kval_topk=5, seed=0).requires_grad_(
+        False
+    )
+    results = [evaluate_sae(sae, source(), tokens=200, batch_prompts=n, baseline=False) for n in (1, 9)]
+    assert results[0].candidates["sae"] == pytest.approx(dict(results[1].candidates["sae"]), rel=1e-4, abs=1e-7)
+    x, y = [], []
+    for batch in first_tokens(source().windows("held_out", rows=4), 200):
+        found = capture(llama, ["model.layers.1"], batch.tokens, attention_mask=batch.attended.long())["model.layers.1"]
+        x.append(found[batch.kept])
+        y.append(sae.eval()(found)[batch.kept])
+    target, predicted = torch.cat(x), torch.cat(y)
+    expected = 1 - (target - predicted).square().sum() / (target - target.mean(0)).square().sum()
+    assert results[0].candidates["sae"]["explained_variance"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_dictionary_of_several_places_is_evaluated_at_all_of_them(source: Callable[..., HuggingFaceSource]) -> None:
+    places = ("model.layers.0", "model.layers.2")
+    sae = create("topk", d_in=64, d_sae=64, k=5, seed=0, reads=dict.fromkeys(places, 32)).eval()
+    result = evaluate_sae(sae, source(), tokens=200)
+    assert result.places["sae"] == "model.layers.0, model.layers.2"
+    assert result.candidates["sae"]["l0"] == 5.0
+    assert {"ce_recovered", "kl_mean_ablation"} <= set(result.candidates["random"])
 
 
 def test_an_encoder_decoder_has_its_encoder_evaluated_without_cross_entropy() -> None:

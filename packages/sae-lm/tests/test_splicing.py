@@ -298,3 +298,43 @@ def test_edits_are_for_a_dictionary_that_is_there(llama: Any) -> None:
         logits(llama)
     assert (seen.latents[PLACE].to_dense()[..., 1] == 2).all()
     assert not (seen.latents["model.layers.2"].to_dense()[..., 1] == 2).all()
+
+
+def test_a_dictionary_of_several_places_is_spliced_at_all_of_them(llama: Any) -> None:
+    places = ("model.layers.0", "model.layers.2")
+    crosscoder = create("topk", d_in=64, d_sae=48, k=5, seed=3, reads=dict.fromkeys(places, 32)).eval()
+    before = logits(llama)
+    found = capture(llama, places, TOKENS)
+    x = torch.cat([found[place] for place in places], dim=-1)
+    with spliced(llama, crosscoder) as seen:
+        (name,) = seen.routes
+        after = capture(llama, places, TOKENS)
+    assert name == "model.layers.0, model.layers.2"
+    assert torch.equal(seen.latents[name].to_dense(), crosscoder.encode(x))
+    for place, part in zip(places, crosscoder(x).split(32, dim=-1), strict=True):
+        assert torch.allclose(after[place], part, atol=1e-6)
+    with spliced(llama, crosscoder, error_term=True, edit=steer(1, 0.0)):
+        assert torch.equal(logits(llama), before)
+    with spliced(llama, crosscoder), pytest.raises(DataError, match="cannot look ahead with a key-value cache"):
+        llama(TOKENS, use_cache=True, past_key_values=_empty_cache())
+    assert torch.equal(logits(llama), before)
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def test_a_dictionary_that_reads_sequences_gets_them_whole(llama: Any) -> None:
+    temporal = create("temporal", d_in=32, d_sae=64, n_heads=2, bottleneck_factor=8, kval_topk=5, seed=0).eval()
+    x = capture(llama, [PLACE], TOKENS)[PLACE]
+    where = torch.ones(3, 10, dtype=torch.bool)
+    where[:, 0] = False
+    with spliced(llama, {PLACE: temporal}, where=where) as seen:
+        out = capture(llama, [PLACE], TOKENS)[PLACE]
+    assert torch.allclose(out[:, 1:], temporal(x)[:, 1:], atol=1e-5)
+    assert torch.equal(out[:, 0], x[:, 0])
+    assert torch.equal(seen.latents[PLACE].to_dense()[:, 1:], temporal.encode(x)[:, 1:])
+    with spliced(llama, {PLACE: temporal}), pytest.raises(DataError, match="generate with use_cache=False"):
+        llama.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=2, eos_token_id=None)

@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,6 @@ from sae_core.errors import ConfigError, DataError, ShapeError, UnknownNameError
 from sae_core.normalization import Normalization, NormalizationName, Units
 from sae_core.protocols import ActivationBatch
 from sae_core.sites import Sites
-
-if TYPE_CHECKING:
-    from sae_core.check import CheckReport
 
 __all__ = [
     "SAE",
@@ -612,16 +609,6 @@ class SAE(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         return load_pretrained(
             release, sae_id, device=device, dtype=dtype, revision=revision, overrides=overrides, rows=rows, mmap=mmap
         )
-
-    def check(self, model: nn.Module, tokens: Tensor, **options: Any) -> CheckReport:
-        """Run `model` on `tokens` (batch, positions) and raise CheckError if this SAE cannot belong to it.
-
-        The activations at the SAE's hook point are encoded and decoded, and explaining next to none of their variance is an
-        error; see `sae_core.check.check` for the options. ``sae_pretrained.check(sae, model)`` brings tokens of its own.
-        """
-        from sae_core.check import check
-
-        return check(self, model, tokens, **options)
 
     def _restore(self, y_RO: Tensor, prepared: Prepared) -> Tensor:
         if self.target_normalization is not None:

@@ -9,17 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lm.attribution import Attribution, attribute, integrated_gradients
     from sae_lm.baseline import RandomDictionary
     from sae_lm.cached import CachedActivations, CachedActivationsConfig
     from sae_lm.caching import write_cache
     from sae_lm.check import CheckError, CheckReport, check
+    from sae_lm.enrichment import enrichment, enrichment_of_latents, matching_tokens, tokens_by_first_letter
     from sae_lm.evaluate import evaluate, evaluate_activations, evaluate_candidates, evaluate_sae, evaluate_saes
     from sae_lm.hooks import HookPoint, capture, edited, replaced
     from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
+    from sae_lm.lens import DirectAttribution, Lens, LogitLens, direct_logit_attribution, directions, logit_lens
     from sae_lm.pretokenized import pretokenize
     from sae_lm.results import Evaluation
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
     from sae_lm.splicing import Attached, Splice, attach, spliced
+    from sae_lm.study import StudyConfig, StudyFolder
     from sae_lm.text import TextConfig, documents
     from sae_lm.tokens import TokenPolicy, WindowStream, preview, resolve
 
@@ -27,34 +31,48 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attached",
+    "Attribution",
     "CachedActivations",
     "CachedActivationsConfig",
     "CheckError",
     "CheckReport",
+    "DirectAttribution",
     "Edit",
     "Evaluation",
     "HookPoint",
     "HuggingFaceSource",
     "HuggingFaceSourceConfig",
+    "Lens",
+    "LogitLens",
     "RandomDictionary",
     "Splice",
+    "StudyConfig",
+    "StudyFolder",
     "TextConfig",
     "TokenPolicy",
     "WindowStream",
     "__version__",
     "ablate",
     "attach",
+    "attribute",
     "capture",
     "check",
     "clamp",
+    "direct_logit_attribution",
+    "directions",
     "documents",
     "edited",
+    "enrichment",
+    "enrichment_of_latents",
     "evaluate",
     "evaluate_activations",
     "evaluate_candidates",
     "evaluate_sae",
     "evaluate_saes",
+    "integrated_gradients",
     "keep_only",
+    "logit_lens",
+    "matching_tokens",
     "pretokenize",
     "preview",
     "replaced",
@@ -62,38 +80,53 @@ __all__ = [
     "scale",
     "spliced",
     "steer",
+    "tokens_by_first_letter",
     "write_cache",
 ]
 
 _HOMES = {
     "Attached": "sae_lm.splicing",
+    "Attribution": "sae_lm.attribution",
     "CachedActivations": "sae_lm.cached",
     "CachedActivationsConfig": "sae_lm.cached",
     "CheckError": "sae_lm.check",
     "CheckReport": "sae_lm.check",
+    "DirectAttribution": "sae_lm.lens",
     "Edit": "sae_lm.latents",
     "Evaluation": "sae_lm.results",
     "HookPoint": "sae_lm.hooks",
     "HuggingFaceSource": "sae_lm.source",
     "HuggingFaceSourceConfig": "sae_lm.source",
+    "Lens": "sae_lm.lens",
+    "LogitLens": "sae_lm.lens",
     "RandomDictionary": "sae_lm.baseline",
     "Splice": "sae_lm.splicing",
+    "StudyConfig": "sae_lm.study",
+    "StudyFolder": "sae_lm.study",
     "TextConfig": "sae_lm.text",
     "TokenPolicy": "sae_lm.tokens",
     "WindowStream": "sae_lm.tokens",
     "ablate": "sae_lm.latents",
     "attach": "sae_lm.splicing",
+    "attribute": "sae_lm.attribution",
     "capture": "sae_lm.hooks",
     "check": "sae_lm.check",
     "clamp": "sae_lm.latents",
+    "direct_logit_attribution": "sae_lm.lens",
+    "directions": "sae_lm.lens",
     "documents": "sae_lm.text",
     "edited": "sae_lm.hooks",
+    "enrichment": "sae_lm.enrichment",
+    "enrichment_of_latents": "sae_lm.enrichment",
     "evaluate": "sae_lm.evaluate",
     "evaluate_activations": "sae_lm.evaluate",
     "evaluate_candidates": "sae_lm.evaluate",
     "evaluate_sae": "sae_lm.evaluate",
     "evaluate_saes": "sae_lm.evaluate",
+    "integrated_gradients": "sae_lm.attribution",
     "keep_only": "sae_lm.latents",
+    "logit_lens": "sae_lm.lens",
+    "matching_tokens": "sae_lm.enrichment",
     "pretokenize": "sae_lm.pretokenized",
     "preview": "sae_lm.tokens",
     "replaced": "sae_lm.hooks",
@@ -101,6 +134,7 @@ _HOMES = {
     "scale": "sae_lm.latents",
     "spliced": "sae_lm.splicing",
     "steer": "sae_lm.latents",
+    "tokens_by_first_letter": "sae_lm.enrichment",
     "write_cache": "sae_lm.caching",
 }
 

@@ -40,3 +40,8 @@ def sae_register_commands() -> Iterator[CommandSpec]:
         target="sae_lm.cli.preview:Preview",
         summary="Show the first windows of tokens a run would train on",
     )
+    yield CommandSpec(
+        name="study",
+        target="sae_lm.cli.study:Study",
+        summary="Collect examples, densities and promoted tokens of every latent of a saved SAE",
+    )

@@ -37,7 +37,7 @@ from sae_lm.inputs import model_inputs
 from sae_lm.latents import select_rows
 from sae_lm.metrics import WindowSums, intervals, values
 from sae_lm.model import next_token_logits
-from sae_lm.places import Place, Route, reads_sequences, route_of, says_place
+from sae_lm.places import Place, Route, route_of, says_place
 from sae_lm.results import MASK_RULE, Evaluation, Latents
 from sae_lm.source import HuggingFaceSource
 from sae_lm.splicing import evaluating
@@ -158,7 +158,7 @@ def evaluate_saes(
     for name, sae in saes.items():
         where = (at or {}).get(name) or _default_place(sae, source)
         route = route_of(sae, model, where)
-        candidates[name] = Candidate(route, lambda _, sae=sae: _of_sae(sae), reads_sequences(sae), sae)
+        candidates[name] = Candidate(route, lambda _, sae=sae: _of_sae(sae), sae.reads_sequences, sae)
         if baseline:
             candidates[_baseline_name(name, saes)] = Candidate(
                 route, lambda found, sae=sae: _random_like(sae, found, seed)
@@ -268,7 +268,7 @@ def evaluate_activations(
         widths = rows[0].shape[1], rows[1].shape[1]
         if widths != (sae.d_in, sae.d_out):
             raise DataError(f"eval: the SAE maps {sae.d_in} to {sae.d_out} columns, the activations have {widths}")
-        made = {name: Candidate(_NOWHERE, lambda _, sae=sae: _of_sae(sae), reads_sequences(sae), sae)}
+        made = {name: Candidate(_NOWHERE, lambda _, sae=sae: _of_sae(sae), sae.reads_sequences, sae)}
         if baseline:
             made[_baseline_name(name, saes)] = Candidate(_NOWHERE, lambda f, sae=sae: _random_like(sae, f, seed))
         for key, candidate in made.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, final, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -96,6 +97,9 @@ def _no_such_module(model: nn.Module, path: str, reached: str, children: list[st
     return f"hook: no module {path!r} in the model; {inside}{hint}"
 
 
+_CAPTURING: ContextVar[object] = ContextVar("capturing", default=None)
+
+
 def capture(
     model: nn.Module,
     points: Sequence[HookPoint | str],
@@ -118,7 +122,7 @@ def capture(
     token = object()
 
     def receive(point: HookPoint, value: Any) -> None:
-        if str(point) in found:
+        if str(point) in found or _CAPTURING.get() is not token:  # another run inside of this one is not meant
             return
         tensor = _tensor_of(value, point).detach()
         # A later module may write into this tensor, unless there is no later module.
@@ -130,12 +134,15 @@ def capture(
     with ExitStack() as hooks:
         for point, module in zip(wanted, modules, strict=True):
             hooks.enter_context(_hooked(module, point, receive))
+        outer = _CAPTURING.set(token)
         try:
             with _stopped_early(model):
                 model(*args, **kwargs)
         except _Stop as stop:
             if stop.token is not token:
                 raise
+        finally:
+            _CAPTURING.reset(outer)
     missing = sorted({str(point) for point in wanted} - set(found))
     if missing:
         raise DataError(f"hook: the model ran to its end without running {', '.join(missing)}")

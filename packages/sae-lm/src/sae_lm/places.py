@@ -24,7 +24,7 @@ from sae_lm.hooks import HookPoint, find_module
 from sae_lm.model import is_transformer_lens
 from sae_lm.names import module_path
 
-__all__ = ["Place", "Route", "preparation", "reads_sequences", "route_of", "says_place", "widths_of"]
+__all__ = ["Place", "Route", "preparation", "route_of", "says_place", "widths_of"]
 
 # What TransformerLens's preparations of weights do to activations. Those of which nothing reaches a hook point need nothing.
 _HARMLESS = frozenset(
@@ -113,12 +113,7 @@ class Route:
 
 def widths_of(sae: SAE[Any]) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """The widths of the sites that a dictionary reads, and of those that it writes."""
-    return getattr(sae, "reads", {"": sae.d_in}), getattr(sae, "writes", {"": sae.d_out})
-
-
-def reads_sequences(sae: SAE[Any]) -> bool:
-    """Whether the latents of a position depend on the positions before it."""
-    return bool(getattr(type(sae), "reads_sequences", False))
+    return sae.reads, sae.writes
 
 
 def says_place(sae: SAE[Any]) -> bool:

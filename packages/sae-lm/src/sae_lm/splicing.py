@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from sae_lm.hooks import HookPoint, Passes, capture, edited
 from sae_lm.latents import Edit, edit_rows, rows_at, scattered, select_rows
-from sae_lm.places import Place, Route, reads_sequences, route_of
+from sae_lm.places import Place, Route, route_of
 
 __all__ = ["Attached", "Edits", "Splice", "attach", "evaluating", "spliced"]
 
@@ -268,7 +268,7 @@ class _Running:
     def _encode(self, x_BLW: Tensor) -> None:
         sae, context = self.sae, self._context
         leading = tuple(x_BLW.shape[:-1])
-        if context.passes.cached and context.passes.offset and reads_sequences(sae):
+        if context.passes.cached and context.passes.offset and sae.reads_sequences:
             raise DataError(
                 f"splice {self.name!r}: a {sae.architecture} dictionary reads whole sequences, and with a key-value cache the "
                 "model sees one position at a time; generate with use_cache=False"
@@ -277,7 +277,7 @@ class _Running:
         x_BLW = x_BLW.to(sae.device, sae.dtype)
         chosen = context.rows(leading, sae.device)
         rows_K = None if chosen is None else chosen.nonzero().squeeze(1)
-        whole = rows_K is None or reads_sequences(sae)
+        whole = rows_K is None or sae.reads_sequences
         given = x_BLW if whole else x_BLW.reshape(-1, x_BLW.shape[-1])[rows_K]
         with evaluating(sae):
             codes = sae.encode_sparse(given)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_pretrained.catalogue import FolderCatalogue, PublicCatalogue, UserCatalogue, lookup, releases
-    from sae_pretrained.checking import check
     from sae_pretrained.hub import HubFiles
     from sae_pretrained.hub_errors import HubError
     from sae_pretrained.models import base_model, hook_point_from_hf, hook_point_to_hf
@@ -19,7 +18,6 @@ __all__ = [
     "PublicCatalogue",
     "UserCatalogue",
     "base_model",
-    "check",
     "hook_point_from_hf",
     "hook_point_to_hf",
     "lookup",
@@ -33,7 +31,6 @@ _HOMES = {
     "PublicCatalogue": "catalogue",
     "UserCatalogue": "catalogue",
     "base_model": "models",
-    "check": "checking",
     "hook_point_from_hf": "models",
     "hook_point_to_hf": "models",
     "lookup": "catalogue",

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from sae_core import SAE, create
-from sae_core.check import CheckError
-from sae_core.errors import ConfigError, DataError, ShapeError
-from sae_pretrained import check
+from sae_core.errors import ConfigError, DataError
+from sae_lm.check import CheckError, check
 from torch import nn
 
 D = 24
@@ -51,7 +50,7 @@ def principal_sae(x: torch.Tensor, components: int, **metadata: Any) -> SAE:
     sae = create("standard", d_in=D, d_sae=2 * components)
     with torch.no_grad():
         sae.W_dec.copy_(both)
-        sae.get_parameter("encoder").copy_(both)
+        sae.W_enc.copy_(both.T)
         sae.get_parameter("b_enc").zero_()
         sae.b_dec.copy_(rows.mean(0))
     sae.metadata = {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1", **metadata}
@@ -63,8 +62,8 @@ def test_a_hook_point_as_other_libraries_write_it_is_found_after_saving_and_load
     llama: Any, tmp_path: Path, written: str
 ):
     sae = principal_sae(layer_output(llama, 1), 20, hook_name=None, hf_hook_name=written)
-    report = SAE.load(sae.save(tmp_path / "sae")).check(llama, TOKENS)
-    assert report.hook == "model.layers.1"
+    report = check(SAE.load(sae.save(tmp_path / "sae")), llama, TOKENS)
+    assert report.place == "model.layers.1"
     assert report.explained_variance > 0.9
 
 
@@ -76,8 +75,7 @@ def test_a_dictionary_in_its_place_passes_and_reports_what_was_measured(llama: A
     values = torch.linalg.svdvals(rows - rows.mean(0)) ** 2
     assert report.explained_variance == pytest.approx(float(values[:12].sum() / values.sum()), abs=1e-4)
     assert report.l0 == pytest.approx(12.0)  # of each pair, one direction fires
-    assert (report.positions, report.hook) == (4 * 31, "model.layers.1")
-    assert sae.check(llama, TOKENS) == report
+    assert (report.positions, report.place) == (4 * 31, "model.layers.1")
 
 
 def test_another_model_of_the_same_shape_fails_and_the_right_one_is_named(llama: Any):
@@ -131,11 +129,11 @@ def test_inputs_of_modules_are_hook_points_too(llama: Any):
     sae = principal_sae(
         layer_output(llama, 1), 12, hook_name="blocks.2.hook_resid_pre", hf_hook_name="model.layers.2:input"
     )
-    assert check(sae, llama, TOKENS).hook == "model.layers.2:input"
+    assert check(sae, llama, TOKENS).place == "model.layers.2:input"
 
 
 def test_a_transcoder_is_judged_by_what_it_predicts(llama: Any):
-    sae = create("standard", d_in=D, d_out=D, d_sae=8)
+    sae = create("standard", d_in=D, d_out=D, d_sae=8, apply_b_dec_to_input=False)
     sae.metadata = {"hf_hook_name": "model.layers.1.mlp:input", "hf_hook_name_out": "model.layers.1.mlp"}
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -144,7 +142,7 @@ def test_a_transcoder_is_judged_by_what_it_predicts(llama: Any):
     with pytest.raises(CheckError) as caught:  # predicts zero, which explains nothing
         check(sae, llama, TOKENS)
     report = caught.value.report
-    assert (report.hook, report.hook_out) == ("model.layers.1.mlp:input", "model.layers.1.mlp")
+    assert report.place == "model.layers.1.mlp:input -> model.layers.1.mlp"
     assert report.explained_variance < 0.05
 
 
@@ -171,7 +169,7 @@ def test_in_a_transformerlens_model_the_hook_point_is_a_module_of_its_own():
 
     model = HookedModel()
     sae = principal_sae(model(TOKENS).detach(), 12)
-    assert check(sae, model, TOKENS).hook == "blocks.1.hook_resid_post"
+    assert check(sae, model, TOKENS).place == "blocks.1.hook_resid_post"
 
 
 def test_a_place_the_model_does_not_have_is_an_error_with_a_near_one(llama: Any):
@@ -183,15 +181,15 @@ def test_a_place_the_model_does_not_have_is_an_error_with_a_near_one(llama: Any)
 def test_without_a_hook_point_one_must_be_given(llama: Any):
     sae = principal_sae(layer_output(llama, 1), 12)
     sae.metadata = {}
-    with pytest.raises(ConfigError, match="give hook="):
+    with pytest.raises(ConfigError, match="say where it belongs"):
         check(sae, llama, TOKENS)
-    assert check(sae, llama, TOKENS, hook="model.layers.1").explained_variance > 0.3
+    assert check(sae, llama, TOKENS, at="model.layers.1").explained_variance > 0.3
 
 
 def test_another_width_is_an_error_of_shape(llama: Any):
     sae = create("standard", d_in=D + 1, d_sae=8)
     sae.metadata = {"hf_hook_name": "model.layers.1"}
-    with pytest.raises(ShapeError, match="must be 25"):
+    with pytest.raises(DataError, match="the SAE's width there is 25"):
         check(sae, llama, TOKENS)
 
 
