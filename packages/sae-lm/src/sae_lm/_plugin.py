@@ -45,3 +45,8 @@ def sae_register_commands() -> Iterator[CommandSpec]:
         target="sae_lm.cli.study:Study",
         summary="Collect examples, densities and promoted tokens of every latent of a saved SAE",
     )
+    yield CommandSpec(
+        name="migrate",
+        target="sae_lm.cli.migrate:Migrate",
+        summary="Turn a runner config of SAELens into a run file",
+    )

@@ -110,7 +110,7 @@ def known_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return dict(cast("Mapping[str, Any]", ours))
     facts = cast("Mapping[str, Any]", metadata.get("sae_core") or {})
     found: dict[str, Any] = {}
-    model = facts.get("base_model") or _hub_name(metadata.get("model_name"))
+    model = facts.get("base_model") or hub_name(metadata.get("model_name"))
     if isinstance(model, str):
         found["model"] = model
         if isinstance(revision := facts.get("base_model_revision"), str):
@@ -130,7 +130,7 @@ def known_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _hub_name(name: Any) -> str | None:
+def hub_name(name: Any) -> str | None:
     """The Hub name behind a model's name as TransformerLens has it, where that is only a question of the owner."""
     if not isinstance(name, str):
         return None
