@@ -23,6 +23,11 @@ _ARCHITECTURES = (
     ("batchtopk", "batchtopk:BatchTopKSAE", "k latents a sample on average over the batch"),
     ("matryoshka_batchtopk", "matryoshka_batchtopk:MatryoshkaBatchTopKSAE", "Nested BatchTopK dictionaries"),
     ("jumprelu", "jumprelu:JumpReLUSAE", "A learnt threshold for each latent, L0 penalty"),
+    (
+        "cross_layer_transcoder",
+        "cross_layer_transcoder:CrossLayerTranscoder",
+        "Latents that read one layer and write all later ones",
+    ),
     ("matching_pursuit", "matching_pursuit:MatchingPursuitSAE", "Latents one at a time, encoder tied to decoder"),
     ("temporal", "temporal:TemporalSAE", "What earlier positions do not predict, coded sparsely"),
 )
