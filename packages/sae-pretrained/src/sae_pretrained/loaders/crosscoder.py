@@ -8,9 +8,10 @@ Two layouts are read:
   ``W_enc`` (L, d, F), ``W_dec`` (F, L, d), ``b_enc`` (F), ``b_dec`` (L, d).
 
 A crosscoder is exactly one of our dictionaries on the concatenation of its inputs, and that is what is loaded: d_in = L *
-d, the activations of input 0 first. The fact ``only: i`` gives the view of one input, a transcoder from and to it, where
-that view is exact: when the encoder reads nothing else. Otherwise it is refused, since latents computed from one model
-alone are others.
+d, the activations of input 0 first. Its sites are ``input 0``, ``input 1``, … in the first layout, whose inputs may be models
+or layers, and ``model 0`` and ``model 1`` in the second. The fact ``only: i`` gives the view of one input, a transcoder from
+and to it, where that view is exact: when the encoder reads nothing else. Otherwise it is refused, since latents computed from
+one model alone are others.
 
 The six facts:
 
@@ -24,7 +25,7 @@ The six facts:
 - Input normalisation: none, or a mean and a scale for each input, folded into the weights here. The second layout was
   trained on scaled inputs and does not say by how much: it needs the fact ``input_scaling``, one factor for each input ([1,
   1] to feed scaled inputs).
-- Decoder norm: whatever the file has.
+- Decoder norm: whatever the file has; ``code_normalization`` SAE is ``decoder_norm: joint``, all others ``sum_of_sites``.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def _load_hub(source: FileSource, folder: str, facts: Facts, weights: bool, rows
         b_dec_LD = b_dec_LD * undo[:, None] + mean_LD[:outputs]
     tensors |= {"W_enc": W_enc_SDF, "b_enc": b_enc, "W_dec": W_dec_LFD, "b_dec": b_dec_LD}
     del W_enc_SDF, W_dec_LFD  # so that joining the decoders releases the file's copy
-    return _joined(architecture, tensors, chosen, facts, metadata, bag)
+    return _joined(architecture, tensors, chosen, "input", code, facts, metadata, bag)
 
 
 def _load_diffing(
@@ -179,18 +180,23 @@ def _load_diffing(
         tensors["W_enc"] = times(tensors["W_enc"], factor[:, None, None])
         tensors["W_dec"] = times(tensors["W_dec"], 1 / factor[:, None, None])
         tensors["b_dec"] = times(tensors["b_dec"], 1 / factor[:, None])
-    return _joined("standard", tensors, [0, 1], facts, {"hook_name": hook}, bag)
+    return _joined("standard", tensors, [0, 1], "model", "CROSSCODER", facts, {"hook_name": hook}, bag)
 
 
 def _joined(
     architecture: str,
     tensors: dict[str, Tensor],
     chosen: Sequence[int],
+    called: str,
+    code: str,
     facts: Facts,
     metadata: Mapping[str, Any],
     bag: TensorBag,
 ) -> LoadedSAE:
-    """Concatenate W_enc (inputs, d, d_sae), W_dec (outputs, d_sae, d) and b_dec (outputs, d), or take one input's view."""
+    """Concatenate W_enc (inputs, d, d_sae), W_dec (outputs, d_sae, d) and b_dec (outputs, d), or take one input's view.
+
+    `chosen` are the inputs read, `called` what an input is, and `code` how latents are normalised.
+    """
     only = facts.get("only", int)
     W_dec_LFD, b_dec_LD = tensors.pop("W_dec"), tensors["b_dec"]
     outputs, d_sae = W_dec_LFD.shape[0], bag.sizes["d_sae"]
@@ -208,10 +214,18 @@ def _joined(
         "W_dec": W_dec_LFD.transpose(0, 1).reshape(-1, d_out),
         "b_dec": b_dec_LD.reshape(d_out),
     }
-    config: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": False}
-    same = list(chosen) == list(range(outputs)) if only is None else True
-    if not same:
-        config["d_out"] = d_out
+    d = bag.sizes["d"]
+    config: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "apply_b_dec_to_input": False,
+        "reads": {f"{called} {i}": d for i in chosen},
+    }
+    written = range(outputs) if only is None else [only]
+    if list(chosen) != list(written):
+        config |= {"d_out": d_out, "writes": {f"{called} {i}": d for i in written}}
+    if code == "SAE" and len(written) > 1:
+        config["decoder_norm"] = "joint"
     return assemble(architecture, config, tensors, facts.metadata(metadata), bag)
 
 

@@ -1,11 +1,14 @@
-"""One layer of a cross-layer transcoder in circuit-tracer's layout, such as mntss's.
+"""Cross-layer transcoders in circuit-tracer's layout, such as mntss's: whole, or one layer of them.
 
-Its files are ``W_enc_{n}.safetensors`` and ``W_dec_{n}.safetensors``. The latents of layer n read the residual stream there
-and write to the MLP outputs of layers n, n+1, …: ``W_dec_{n}`` is (d_sae, layers, d). `folder` is the layer's number or the
-encoder's file; ``config.yaml`` names model and hook points.
+Their files are ``W_enc_{n}.safetensors`` and ``W_dec_{n}.safetensors``, one of each a layer. The latents of layer n read the
+residual stream there and write to the MLP outputs of layers n, n+1, …: ``W_dec_{n}`` is (d_sae, layers, d). ``config.yaml``
+names model and hook points.
 
-A whole cross-layer transcoder is more than one dictionary. Its encoder is exactly ours; of its decoders the fact ``decoder``
-picks a view:
+With `folder` the folder of these files, the whole is loaded as ``cross_layer_transcoder``: its sites are the hook points of
+the layers, its latents are numbered layer by layer, and its outputs are the predictions of every layer.
+
+With `folder` a layer's number, or the encoder's file, that layer's latents are loaded as a dictionary of their own. Its
+encoder is exactly ours; of its decoders the fact ``decoder`` picks a view:
 
 - ``"sum"`` (default, as SAELens): all decoders added up. Right for latents and for directions, but what comes out is no
   reconstruction of anything, and a warning says so.
@@ -14,10 +17,10 @@ picks a view:
 
 The six facts:
 
-- Weights: ``W_enc_{n}`` (d_sae, d_in) is transposed.
+- Weights: ``W_enc_{n}`` (d_sae, d_in) is transposed for one layer, and lies as ours does in the whole.
 - b_dec before encoding: not subtracted; ``b_dec_{n}`` belongs to the outputs of layer n.
-- ReLU and TopK: ReLU; JumpReLU if there is a tensor ``threshold_{n}``.
-- Threshold: stored as it is; a negative one, with which the original keeps negative latents, is refused.
+- ReLU and TopK: ReLU; JumpReLU if there is a tensor ``threshold_{n}``. In the whole, ReLU is a threshold of zero.
+- Threshold: stored as it is; where one is negative, with which the original keeps negative latents, ``apply_relu: false``.
 - Input normalisation: none.
 - Decoder norm: whatever the file has.
 """
@@ -29,7 +32,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from sae_core.errors import ConfigError
+from sae_core.errors import ConfigError, FormatError
 from sae_core.protocols import FileSource, LoadedSAE
 
 from sae_pretrained.loaders.common import (
@@ -38,11 +41,13 @@ from sae_pretrained.loaders.common import (
     TensorBag,
     added_up,
     assemble,
+    exists,
+    join,
     place,
     read_yaml,
     safetensors_bag,
 )
-from sae_pretrained.loaders.mwhanna_transcoder import not_negative
+from sae_pretrained.loaders.mwhanna_transcoder import below_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,13 +57,15 @@ __all__ = ["MntssCLTLayerLoader", "warn_of_sum"]
 
 @final
 class MntssCLTLayerLoader:
-    """Reads one layer of a cross-layer transcoder."""
+    """Reads a cross-layer transcoder, or one layer of it."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A number n, or the file W_enc_{n}.safetensors, with W_dec_{n}.safetensors and config.yaml beside it."""
+        """A number n, or the file W_enc_{n}.safetensors, with W_dec_{n} and config.yaml beside it; or their folder."""
         layer = _number(folder)
+        if layer is None:
+            return exists(source, folder, *_files(0), "config.yaml")
         files = (f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors", "config.yaml")
-        return layer is not None and all(source.exists(name) for name in files)
+        return all(source.exists(name) for name in files)
 
     def load(
         self,
@@ -69,13 +76,11 @@ class MntssCLTLayerLoader:
         overrides: Mapping[str, Any] | None = None,
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
-        """Read layer `folder`; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "mntss_clt_layer_transcoder", ["decoder"])
+        """Read layer `folder`, or all of them; `rows` are the latents of a layer to load, None for all."""
         n = _number(folder)
         if n is None:
-            raise ConfigError(
-                f"{source.location}: a cross-layer transcoder is loaded by layer: give its number, not {folder!r}"
-            )
+            return _load_whole(source, folder, weights, overrides, rows)
+        facts = Facts(overrides, "mntss_clt_layer_transcoder", ["decoder"])
         settings = Settings(read_yaml(source, "config.yaml"), place(source, "", "config.yaml"))
         model = settings.get("model_name", str, nullable=True)
         hook_in, hook_out = settings.need("feature_input_hook", str), settings.need("feature_output_hook", str)
@@ -88,11 +93,10 @@ class MntssCLTLayerLoader:
             "b_enc": encoder.take(f"b_enc_{n}", "d_sae"),
             "b_dec": encoder.take(f"b_dec_{n}", "d_out"),
         }
-        architecture = "standard"
+        architecture, below = "standard", dict[str, Any]()
         if encoder.has(f"threshold_{n}"):
-            name = f"threshold_{n}"
-            tensors["threshold"] = not_negative(encoder.take(name, "d_sae"), f"{encoder.where}: tensor {name!r}")
-            architecture = "jumprelu"
+            tensors["threshold"] = encoder.take(f"threshold_{n}", "d_sae")
+            architecture, below = "jumprelu", below_zero(tensors["threshold"])
         decoder = safetensors_bag(source, f"W_dec_{n}.safetensors", sizes=encoder.sizes, rows=rows, weights=weights)
         written = decoder.take(f"W_dec_{n}", "d_sae layers d_out")
         target, tensors["W_dec"] = _view(written, int(n), facts, decoder)
@@ -104,10 +108,71 @@ class MntssCLTLayerLoader:
             "hook_name_out": f"blocks.{n if target is None else target}.{hook_out}",
             "model_from_pretrained_kwargs": {"fold_ln": False},
         }
-        config = {key: encoder.sizes[key] for key in ("d_in", "d_out", "d_sae")} | {"apply_b_dec_to_input": False}
+        config = {key: encoder.sizes[key] for key in ("d_in", "d_out", "d_sae")}
+        config |= {"apply_b_dec_to_input": False, **below}
         if target is None and weights:
             warn_of_sum(encoder.where)
         return assemble(architecture, config, tensors, facts.metadata(found), encoder, decoder)
+
+
+def _load_whole(
+    source: FileSource, folder: str, weights: bool, overrides: Mapping[str, Any] | None, rows: Sequence[int] | None
+) -> LoadedSAE:
+    """All layers as one dictionary."""
+    import torch
+
+    facts = Facts(overrides, "mntss_clt_layer_transcoder")
+    where = place(source, folder)
+    if rows is not None:
+        raise ConfigError(
+            f"{where}: rows= cannot be used with the whole; load the layer that they are of, by its number"
+        )
+    settings = Settings(read_yaml(source, join(folder, "config.yaml")), place(source, folder, "config.yaml"))
+    model = settings.get("model_name", str, nullable=True)
+    hooks = [settings.get(key, str, nullable=True) for key in ("feature_input_hook", "feature_output_hook")]
+    settings.must_be("model_kind", "cross_layer_transcoder", "this is something else")
+    settings.ignore("names of the set and of its members", "scan transcoders repo_id revision")
+    settings.finish(facts.ignore_keys)
+    layers = next(n for n in range(len(source.files()) + 1) if not source.exists(join(folder, _files(n)[0])))
+
+    tensors: dict[str, Tensor] = {}
+    bags: list[TensorBag] = []
+    sizes: dict[str, int] = {}
+    for n in range(layers):
+        encoder = safetensors_bag(source, join(folder, _files(n)[0]), sizes=sizes, weights=weights)
+        tensors[f"encoder.{n}"] = encoder.take(f"W_enc_{n}", "d_sae d_in")
+        tensors[f"b_enc.{n}"] = encoder.take(f"b_enc_{n}", "d_sae")
+        tensors[f"b_dec.{n}"] = encoder.take(f"b_dec_{n}", "d_out")
+        if encoder.has(f"threshold_{n}"):
+            tensors[f"threshold.{n}"] = encoder.take(f"threshold_{n}", "d_sae")
+        else:
+            tensors[f"threshold.{n}"] = torch.zeros(encoder.sizes["d_sae"], device=tensors[f"b_enc.{n}"].device)
+        sizes = {key: encoder.sizes[key] for key in ("d_sae", "d_in", "d_out")}
+        decoder = safetensors_bag(source, join(folder, _files(n)[1]), sizes=sizes, weights=weights)
+        tensors[f"W_dec.{n}"] = decoder.take(f"W_dec_{n}", "d_sae layers d_out").flatten(1)
+        if decoder.sizes["layers"] != layers - n:
+            raise FormatError(
+                f"{decoder.where}: writes to {decoder.sizes['layers']} layers, but {layers} layers have files, of which layer "
+                f"{n} and later ones are {layers - n}; a file is missing or left over"
+            )
+        bags += [encoder, decoder]
+    known = [n for n in range(layers) if bags[2 * n].has(f"threshold_{n}")]
+    if known and len(known) != layers:
+        raise FormatError(f"{where}: layers {known} have thresholds and the others have none")
+    inner, outer = (hook or default for hook, default in zip(hooks, ("input", "output"), strict=True))
+    config: dict[str, Any] = {
+        "d_in": layers * sizes["d_in"],
+        "d_sae": layers * sizes["d_sae"],
+        "reads": {f"blocks.{n}.{inner}": sizes["d_in"] for n in range(layers)},
+        "writes": {f"blocks.{n}.{outer}": sizes["d_out"] for n in range(layers)},
+        **below_zero(*(tensors[f"threshold.{n}"] for n in range(layers))),
+    }
+    metadata = facts.metadata({"model_name": model, "model_from_pretrained_kwargs": {"fold_ln": False}})
+    return assemble("cross_layer_transcoder", config, tensors, metadata, *bags)
+
+
+def _files(n: int) -> tuple[str, str]:
+    return f"W_enc_{n}.safetensors", f"W_dec_{n}.safetensors"
 
 
 def _number(folder: str) -> str | None:

@@ -9,10 +9,9 @@ The six facts:
 - Weights: ``W_enc`` (d_sae, d_in) is transposed, ``W_dec`` (d_sae, d_out) and ``W_skip`` (d_out, d_in) lie as ours do.
 - b_dec before encoding: not subtracted.
 - ReLU and TopK: ReLU; JumpReLU if there is a tensor ``activation_function.threshold``; TopK if there is a tensor ``k``.
-  circuit-tracer's TopK has no ReLU and keeps the k largest even where they are negative, which nothing here does: it needs the
-  fact ``drop_negative_latents: true``.
+  circuit-tracer's TopK has no ReLU and keeps the k largest even where they are negative: ``apply_relu: false`` here.
 - Threshold: stored as it is. circuit-tracer's JumpReLU has no ReLU either, so that a negative threshold lets negative latents
-  through: refused.
+  through: where there is one, ``apply_relu: false``.
 - Input normalisation: none. The input is what the MLP reads, after its norm's weights, so the base model must not be loaded
   with those folded into the MLP.
 - Decoder norm: whatever the file has.
@@ -32,7 +31,7 @@ from sae_pretrained.loaders.common import Facts, Settings, assemble, layer_of, p
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MwhannaTranscoderLoader", "not_negative"]
+__all__ = ["MwhannaTranscoderLoader", "below_zero"]
 
 _FILE = re.compile(r"(?:^|/)layer_\d+\.safetensors$")
 _RUN_FILES = ("wandb-config.yaml", "wanb-config.yaml")
@@ -43,9 +42,9 @@ class MwhannaTranscoderLoader:
     """Reads per-layer transcoders in circuit-tracer's layout."""
 
     def matches(self, source: FileSource, folder: str = "") -> bool:
-        """A file layer_{n}.safetensors in a repository with config.yaml or the run's config."""
+        """A file layer_{n}.safetensors in a repository with config.yaml or the run's config, or a folder with just one."""
         known = any(source.exists(name) for name in ("config.yaml", *_RUN_FILES))
-        return _FILE.search(folder) is not None and source.exists(folder) and known
+        return known and _the_file(source, folder) is not None
 
     def hint(self, source: FileSource, folder: str = "") -> str | None:
         """For a file of this name in a folder that says nothing of the model."""
@@ -63,7 +62,8 @@ class MwhannaTranscoderLoader:
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
         """Read the file `folder`; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "mwhanna_transcoder", ["drop_negative_latents"])
+        folder = _the_file(source, folder) or folder
+        facts = Facts(overrides, "mwhanna_transcoder")
         sizes, found = _run(source, folder, facts)
         bag = safetensors_bag(source, folder, sizes=sizes, rows=rows, weights=weights)
         tensors = {
@@ -81,16 +81,12 @@ class MwhannaTranscoderLoader:
         if bag.has("activation_function.threshold"):
             name = "activation_function.threshold"
             threshold = bag.take(name, "d_sae" if bag.ndim(name) == 1 else "1 d_sae")
-            tensors["threshold"] = not_negative(threshold.reshape(-1), f"{bag.where}: tensor {name!r}")
+            tensors["threshold"] = threshold.reshape(-1)
             architecture = "jumprelu"
+            config |= below_zero(tensors["threshold"])
         elif bag.has("k"):
-            if not facts.get("drop_negative_latents", bool, False):
-                raise FormatError(
-                    f"{bag.where}: circuit-tracer's TopK keeps the k largest pre-activations even where they are negative, and "
-                    "ours makes those zero; the fact drop_negative_latents=True accepts that"
-                )
             k = bag.number("k")
-            config |= {"k": int(k or 0), "rescale_acts_by_decoder_norm": False}
+            config |= {"k": int(k or 0), "rescale_acts_by_decoder_norm": False, "apply_relu": False}
             architecture = "topk"
         layer = layer_of(folder)
         metadata = {
@@ -103,13 +99,19 @@ class MwhannaTranscoderLoader:
         return assemble(architecture, config, tensors, facts.metadata(metadata), bag)
 
 
-def not_negative(threshold: Tensor, where: str) -> Tensor:
-    """`threshold`. Raises FormatError where one is below zero, with which circuit-tracer keeps negative latents."""
-    if not threshold.is_meta and (count := int((threshold < 0).sum())):
-        raise FormatError(
-            f"{where} holds {count} negative thresholds: circuit-tracer then keeps negative latents, as nothing here does"
-        )
-    return threshold
+def below_zero(*thresholds: Tensor) -> dict[str, Any]:
+    """The config field for thresholds of which some are below zero, with which circuit-tracer keeps negative latents."""
+    some = any(not threshold.is_meta and bool((threshold < 0).any()) for threshold in thresholds)
+    return {"apply_relu": False} if some else {}
+
+
+def _the_file(source: FileSource, folder: str) -> str | None:
+    """`folder` if it is a layer's file, or the only one in it."""
+    if _FILE.search(folder) is not None:
+        return folder if source.exists(folder) else None
+    inside = folder.strip("/") + "/" if folder.strip("/") else ""
+    found = [name for name in source.files() if re.fullmatch(re.escape(inside) + r"layer_\d+\.safetensors", name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _run(source: FileSource, folder: str, facts: Facts) -> tuple[dict[str, int], dict[str, Any]]:

@@ -59,7 +59,7 @@ class SaevLoader:
         rows: Sequence[int] | None = None,
     ) -> LoadedSAE:
         """Read the file `folder`; `rows` are the latents to load, None for all."""
-        facts = Facts(overrides, "saev", ["apply_b_dec_to_input", "drop_negative_latents"])
+        facts = Facts(overrides, "saev", ["apply_b_dec_to_input"])
         where = place(source, folder)
         header, length = _header(source, folder, where)
         schema = header.get("schema")
@@ -94,7 +94,7 @@ class SaevLoader:
             "W_dec": bag.take("W_dec", "d_sae d_in"),
             "b_dec": bag.take("b_dec", "d_in"),
         }
-        architecture, extra = _architecture(kind, top_k, bag, tensors, facts)
+        architecture, extra = _architecture(kind, top_k, bag, tensors)
         config = {**sizes, "apply_b_dec_to_input": bool(subtracts), **extra}
         details = {"training_architecture": "batchtopk"} if kind == "BatchTopK" else {}
         return assemble(architecture, config, tensors, facts.metadata(details), bag)
@@ -138,20 +138,13 @@ def _activation(cfg: Settings, header: Mapping[str, Any]) -> tuple[str, int]:
     return kind, top_k
 
 
-def _architecture(
-    kind: str, top_k: int, bag: TensorBag, tensors: dict[str, Tensor], facts: Facts
-) -> tuple[str, dict[str, Any]]:
+def _architecture(kind: str, top_k: int, bag: TensorBag, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     import torch
 
     if kind == "Relu":
         return "standard", {}
     if kind == "TopK":
-        if not facts.get("drop_negative_latents", bool, False):
-            raise FormatError(
-                f"{bag.where}: this TopK keeps the k largest pre-activations even where they are negative, and ours makes "
-                "those zero; the fact drop_negative_latents=True accepts that"
-            )
-        return "topk", {"k": top_k, "rescale_acts_by_decoder_norm": False}
+        return "topk", {"k": top_k, "rescale_acts_by_decoder_norm": False, "apply_relu": False}
     if bag.weights and not bag.has("activation.threshold"):
         raise FormatError(
             f"{bag.where}: no tensor 'activation.threshold', without which BatchTopK depends on the rest of the batch"
