@@ -17,7 +17,6 @@ from compare import machine
 from sae_core.codes import Codes
 from sae_core.ops.active import encode_active
 from sae_core.ops.decode import decode
-from sae_core.ops.encode import latent_major_parameter
 from tabulate import tabulate
 
 DENSITIES = (0.005, 0.02, 0.05, 0.1, 0.2)
@@ -35,21 +34,20 @@ def measure(d_in: int, d_sae: int, batch: int, density: float, rounds: int) -> t
     """Seconds of the sparse and of the dense form."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, d_in, generator=generator)
-    W_enc = latent_major_parameter(d_in, d_sae)
-    with torch.no_grad():
-        W_enc.copy_(torch.randn(d_in, d_sae, generator=generator) / d_in**0.5)
-    W_dec = W_enc.detach().t().clone().requires_grad_()
-    pre = x[:256] @ W_enc.detach()
+    encoder = torch.randn(d_sae, d_in, generator=generator) / d_in**0.5
+    W_dec = encoder.clone().requires_grad_()
+    pre = x[:256] @ encoder.t()
+    encoder.requires_grad_()
     b_enc = torch.full((d_sae,), -float(pre.flatten().kthvalue(int(pre.numel() * (1 - density))).values))
     b_enc.requires_grad_()
 
     def form(assumed: float) -> Callable[[], Codes]:
-        return lambda: encode_active(x, None, W_enc, b_enc, 0.0, density=assumed)
+        return lambda: encode_active(x, None, encoder, b_enc, 0.0, density=assumed)
 
     best = [float("inf")] * 2
     for _ in range(rounds + 1):
         for position, assumed in enumerate((0.0, 1.0)):
-            best[position] = min(best[position], step_time(form(assumed), W_dec, [W_enc, b_enc, W_dec]))
+            best[position] = min(best[position], step_time(form(assumed), W_dec, [encoder, b_enc, W_dec]))
     return best[0], best[1]
 
 

@@ -34,6 +34,16 @@ def test_a_benchmark_gives_speed_memory_and_ratios(script: str, case: str, tmp_p
     assert "| sae-core" in run.stdout
 
 
+def test_the_crossover_is_measured_for_every_density() -> None:
+    shape = ["--d-in", "8", "--d-sae", "64", "--batch", "256", "--rounds", "1", "--threads", "1"]
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "crossover.py"), *shape], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert len([line for line in run.stdout.splitlines() if line.startswith("|")]) == 2 + 5
+    assert "dense / sparse" in run.stdout
+
+
 def test_a_peer_that_is_not_there_is_named() -> None:
     command = [sys.executable, str(BENCHMARKS / "training.py"), "--peer", "sae-lens=/no/such/python"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)

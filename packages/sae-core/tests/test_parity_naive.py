@@ -130,17 +130,17 @@ def borrowed(value: Tensor, gradient_in_threshold: Tensor, threshold: Tensor) ->
     return value + fake - fake.detach()
 
 
-def jumprelu(t: Frame, smooth: bool = False) -> Tensor:
+def jumprelu(t: Frame, smooth: bool = False, frozen: bool = True) -> Tensor:
     h, theta, bandwidth = t.h(), t.w["threshold"], 0.4
     window = ((h - theta).abs() < bandwidth / 2).double() / bandwidth
     f = borrowed(h * (h > theta), -window * theta, theta)
     count = torch.tanh(4.0 * f * t.n) if smooth else borrowed((h > theta).double(), -window, theta)
-    below = 0.2 * ((theta - h).relu() * t.n)[:, DEAD].sum(-1).mean()
+    below = 0.2 * ((theta - h).relu() * (t.n.detach() if frozen else t.n))[:, DEAD].sum(-1).mean()
     return mse(t.y(f), t.target) + 0.3 * count.sum(-1).mean() + below
 
 
-def jumprelu_smooth(t: Frame) -> Tensor:
-    return jumprelu(t, smooth=True)
+def jumprelu_smooth_unfrozen(t: Frame) -> Tensor:
+    return jumprelu(t, smooth=True, frozen=False)
 
 
 def temporal(w: Weights, x: Tensor, k: int | None = None) -> Tensor:
@@ -180,6 +180,7 @@ def temporal_topk(w: Weights, x: Tensor) -> Tensor:
 
 
 JUMPS = {"l0_coefficient": 0.3, "jumprelu_bandwidth": 0.4, "pre_act_loss_coefficient": 0.2}
+SMOOTH_UNFROZEN = {"jumprelu_sparsity_loss_mode": "tanh", "freeze_decoder_in_pre_act": False}
 NESTED = {"k": 4.5, "matryoshka_widths": [12, 32]}
 CASES: dict[str, tuple[str, dict[str, Any], Twin]] = {
     "standard": ("standard", {"l1_coefficient": 0.3}, standard),
@@ -196,7 +197,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Twin]] = {
         matryoshka_by_level,
     ),
     "jumprelu": ("jumprelu", JUMPS, jumprelu),
-    "jumprelu, smooth": ("jumprelu", JUMPS | {"jumprelu_sparsity_loss_mode": "tanh"}, jumprelu_smooth),
+    "jumprelu, smooth, not frozen": ("jumprelu", JUMPS | SMOOTH_UNFROZEN, jumprelu_smooth_unfrozen),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "SAE": {},

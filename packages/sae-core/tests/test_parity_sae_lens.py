@@ -51,6 +51,8 @@ def ours(case: str, **changes: Any) -> tuple[SAE[Any], dict[str, Tensor]]:
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     architecture = described["architecture"]
     config = described["config"] | AS_SAE_LENS.get(architecture, {}) | changes
+    if "pre_act_loss_coefficient" in config:
+        config["freeze_decoder_in_pre_act"] = False
     config |= {COEFFICIENTS[name]: value for name, value in described["coefficients"].items()}
     sae = create(architecture, dtype="float64", **config)
     with torch.no_grad():

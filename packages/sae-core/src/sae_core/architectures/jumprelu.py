@@ -9,9 +9,10 @@ The sparsity penalty S is one of
 
     step        L0 = sum_i 1[h_i > theta_i]                  the paper's
     quadratic   (2 / target_l0) (L0 - target_l0)^2           pulls every row towards one L0, as Gemma Scope 2 does
-    tanh        sum_i tanh(scale f_i n_i)                    a smooth count (Anthropic, January 2025); n are decoder norms
+    tanh        sum_i tanh(scale |f_i| n_i)                  a smooth count (Anthropic, January 2025); n are decoder norms
 
-and P = sum_i relu(theta_i - h_i) n_i over the dead latents i lifts those back to where they get a gradient.
+and P = sum_i relu(theta_i - h_i) n*_i over the dead latents i lifts those back to where they get a gradient. n* are constants:
+nothing else holds the decoder row of a dead latent, and one that shrinks to nothing would be the cheapest way out of P.
 
 Neither the jump nor the count has a useful gradient in theta, so both borrow one from a window around the threshold; see
 `ops.ste`. The threshold is stored as it is, in float32 whatever the precision of the weights: as a logarithm it barely moves
@@ -69,6 +70,10 @@ class JumpReLUConfig(LinearConfig):
     pre_act_loss_coefficient: float | None = training_option(
         default=None, help="weight of the penalty that lifts dead latents; null is none"
     )
+    freeze_decoder_in_pre_act: bool = training_option(
+        default=True,
+        help="the penalty that lifts dead latents does not train their decoder rows, which would shrink; false as in SAELens",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +95,10 @@ class JumpReLUConfig(LinearConfig):
         require(
             self.target_l0 is None or 0 < self.target_l0 <= self.d_sae,
             f"target_l0 must lie in (0, d_sae = {self.d_sae}], not {self.target_l0}",
+        )
+        require(
+            self.freeze_decoder_in_pre_act or self.pre_act_loss_coefficient is not None,
+            "freeze_decoder_in_pre_act: there is no such penalty; remove it or set pre_act_loss_coefficient",
         )
 
 
@@ -157,6 +166,8 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
         config = self.config
         if config.jumprelu_sparsity_loss_mode == "tanh":
             weighted = codes.values * codes.per_latent(self.decoder_norms())
+            if not config.apply_relu:  # a latent below zero counts as much as one above, or it would be a reward
+                weighted = torch.where(pre.values < 0, -weighted, weighted)
             return codes.row_sums(torch.tanh(config.jumprelu_tanh_scale * weighted))
         counts = active_count(pre.values, threshold, config.jumprelu_bandwidth, to_input=config.jumprelu_ste_to_input)
         l0_R = pre.row_sums(counts)
@@ -168,4 +179,5 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
         """How far dead latents are below their thresholds, weighted by decoder norms; only they are computed."""
         h_RF = encode_dense(z_RD, self.centre(), self.encoder[dead], self.get_parameter("b_enc")[dead])
         short_RF = (self.threshold[dead].to(h_RF.dtype) - h_RF).relu()
-        return (short_RF * Sites(self.writes).norms(self.W_dec[dead], self.config.decoder_norm)).sum(-1).mean()
+        norms = Sites(self.writes).norms(self.W_dec[dead], self.config.decoder_norm)
+        return (short_RF * (norms.detach() if self.config.freeze_decoder_in_pre_act else norms)).sum(-1).mean()
