@@ -99,10 +99,11 @@ def twin_step(sae: CrossLayerTranscoder, batch: ActivationBatch, context: StepCo
         thresholds = torch.cat(list(sae.threshold))
         f = jump(h, thresholds, config.jumprelu_bandwidth, to_input=config.jumprelu_ste_to_input)
         y = f @ W_dec + b_dec
-        penalty = torch.tanh(config.jumprelu_tanh_scale * f * norms).sum(1).mean()
+        size = f if config.apply_relu else torch.where(h < 0, -f, f)
+        penalty = torch.tanh(config.jumprelu_tanh_scale * size * norms).sum(1).mean()
         loss = (y - batch.targets).square().sum(1).mean() + cast("float", config.l0_coefficient) * penalty
         if config.pre_act_loss_coefficient and context.dead is not None:
-            short = ((thresholds - h).relu() * norms)[:, context.dead]
+            short = ((thresholds - h).relu() * norms.detach())[:, context.dead]
             loss = loss + config.pre_act_loss_coefficient * short.sum(1).mean()
         return loss, f
     units = norms.detach() if config.rescale_acts_by_decoder_norm else torch.ones_like(norms)

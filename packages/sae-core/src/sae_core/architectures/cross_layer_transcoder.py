@@ -357,13 +357,18 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
         )
         y_RO = self._decoded(codes, list(self.W_dec))
         norms = self.decoder_norms()
-        sparsity_R = codes.row_sums(torch.tanh(config.jumprelu_tanh_scale * codes.values * codes.per_latent(norms)))
+        weighted = codes.values * codes.per_latent(norms)
+        if not config.apply_relu:  # a latent below zero counts as much as one above, or it would be a reward
+            weighted = torch.where(pre.values < 0, -weighted, weighted)
+        sparsity_R = codes.row_sums(torch.tanh(config.jumprelu_tanh_scale * weighted))
         losses = {
             "mse": squared_error(y_RO, target),
             "l0": value_at(config.l0_coefficient, context.progress) * sparsity_R.mean(),
         }
         if config.pre_act_loss_coefficient is not None and context.dead is not None:
-            losses["pre_act"] = config.pre_act_loss_coefficient * self._below_threshold(prepared, context.dead, norms)
+            losses["pre_act"] = config.pre_act_loss_coefficient * self._below_threshold(
+                prepared, context.dead, norms.detach()
+            )  # constants: a dead latent's decoder row would shrink to escape
         return StepOutput(sum(losses.values(), torch.zeros(())), losses, codes, y_RO, target)
 
     def _below_threshold(self, prepared: Prepared, dead: Tensor, norms: Tensor) -> Tensor:
