@@ -39,9 +39,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "crosscoder": {"reads": {"a": 9, "b": 7}},
 }
 EXCEPTIONS = {
-    "cross_layer_transcoder": {
-        "check_learns": "the kit's targets at a layer depend on later layers, which are not read there"
-    },
     "temporal": {"check_rows_are_independent": "rows are positions of a sequence and depend on those before them"},
 }
 OURS = {
