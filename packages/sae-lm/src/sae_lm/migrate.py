@@ -166,9 +166,10 @@ def _source(left: dict[str, Any], batch: int, out: dict[str, str]) -> dict[str, 
     if isinstance(head := left.pop("hook_head_index", None), int):
         source["head"] = head
     dataset = left.pop("dataset_path", "")
-    source["text"] = {"kind": "dataset", "path": dataset} if dataset else {"kind": "stdlib"}
+    text: dict[str, Any] = {"kind": "dataset", "path": dataset} if dataset else {"kind": "stdlib"}
     if left.pop("streaming", True) and dataset:
-        source["text"]["streaming"] = True
+        text["streaming"] = True
+    source["text"] = text
     tokens: dict[str, Any] = {"bos": "window" if left.pop("prepend_bos", True) else "none"}
     separator = left.pop("sequence_separator_token", "bos")
     tokens["eos"] = "document" if separator in ("eos", "sep") else "none"
