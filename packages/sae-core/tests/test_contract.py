@@ -209,7 +209,7 @@ def test_a_class_that_is_not_what_its_kind_asks_for_is_one_error_at_its_first_us
     ):
         registered(Nothing, kind, "nothing")
         with pytest.raises(PluginError, match=lacking):
-            get_registry().resolve(kind.kind, "nothing")
+            get_registry().usable(kind.kind, "nothing")
 
 
 def test_what_a_notebook_saved_says_who_provided_it_and_can_be_claimed(registered: Any, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_an_sae_whose_plugin_is_gone_is_not_loaded_by_another_of_that_name(
     create("cubic", d_in=4, d_sae=8).save(tmp_path / "saved")
     reset_registry()
     get_registry().register(architecture("cubic", "cubic_two", tmp_path, monkeypatch), "sae-two")
-    with pytest.raises(UnknownNameError, match="is provided by sae-one local, which is not installed"):
+    with pytest.raises(UnknownNameError, match="is provided by 'sae-one' 'local', which is not installed"):
         SAE.load(tmp_path / "saved")
 
 

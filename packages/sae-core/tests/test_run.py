@@ -139,7 +139,7 @@ def test_a_run_that_diverges_says_so_though_its_weights_cannot_be_kept(run_file:
         (lambda run: run["source"].pop("name"), "source: missing key 'name'"),
         (lambda run: run["train"].update(batchsize=3), r"unknown key 'train\.batchsize'; did you mean 'batch_size'"),
         (lambda run: run.update(sead=3), "unknown key 'sead'; did you mean 'seed'"),
-        (lambda run: run["train"].update(lr="fast"), r"expected float, found str 'fast' at train\.lr"),
+        (lambda run: run["train"].update(lr="fast"), r"expected float \| Schedule, found str 'fast' at train\.lr"),
     ],
 )
 def test_a_wrong_run_file_is_refused_before_anything_happens(run_file: Path, change: Any, message: str) -> None:

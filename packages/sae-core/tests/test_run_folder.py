@@ -191,6 +191,7 @@ def test_what_was_there_stays_until_the_new_run_has_ended_well(run_file: Path, t
     assert SAE.load(out).metadata["sae_core"]["training_config"]["k"] == 2
     assert sorted(path.name for path in out.iterdir()) == [
         "cfg.json", "checkpoints", "log.jsonl", "notes.txt", "run.yaml", "sae_weights.safetensors",
+        "training_form.safetensors",
     ]  # fmt: skip
     execute(read_run(run_file, [f"output={tmp_path / 'direct'}", "sae.k=2"]))
     direct = content(tmp_path / "direct")
@@ -372,7 +373,7 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
     error = capsys.readouterr().err
     assert code == 1
     assert what in error
-    assert "too large" in error
+    assert "too large" in error or "larger than this file system allows" in error
     assert execute(run, resume=True).samples == 4000
     assert content(tmp_path / "out")["log.jsonl"]
 

@@ -140,23 +140,19 @@ def test_the_catalogues_satisfy_the_protocol():
     assert isinstance(UserCatalogue(), Catalogue)
 
 
-def test_a_look_up_in_a_fresh_process_takes_less_than_50_ms_of_cpu_time():
+def test_a_look_up_in_a_fresh_process_imports_nothing_heavy_and_reads_one_release():
     code = """
-        import time
-        start = time.process_time()
+        import sys
+        opened = []
+        sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
         from sae_pretrained import lookup
         entry = lookup("gemma-scope-9b-pt-res", "layer_9/width_1m/average_l0_9")
-        print(time.process_time() - start)
-        import sys
         assert not {"torch", "numpy", "yaml", "huggingface_hub"} & set(sys.modules)
+        releases = {name for name in opened if name.endswith(".toml")}
+        assert len(releases) == 1, releases
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    best = 1.0
-    for _ in range(15):  # the best of a few, since other work on the machine slows this one down
-        best = min(best, float(subprocess.run(command, capture_output=True, check=True).stdout))
-        if best < 0.05:
-            break
-    assert best < 0.05
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- wrong names ---

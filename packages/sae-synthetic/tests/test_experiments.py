@@ -86,6 +86,7 @@ def test_all_presets_are_known_by_name_and_others_are_answered() -> None:
         "hedging",
         "absorption",
         "tree",
+        "crosscoder",
         "synthsaebench-mini",
         "synthsaebench",
     ]

@@ -317,7 +317,7 @@ def _sites_read(member: Member, source: ActivationSource) -> dict[str, Any]:
 def _component(settings: Mapping[str, Any], kind: str, **defaults: Any) -> object:
     """A source or logger by its registered name, built from the rest of its settings; `defaults` where it has such fields."""
     fields = dict(settings)
-    component = cast("Any", get_registry().resolve(kind, fields.pop("name")))
+    component = cast("Any", get_registry().usable(kind, fields.pop("name")))
     config_class = cast("type", component.config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     fields = {name: value for name, value in defaults.items() if name in known} | fields

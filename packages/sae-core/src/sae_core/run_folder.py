@@ -19,7 +19,7 @@ from typing import Final, final
 
 from sae_core.durable import sync_folder
 from sae_core.errors import FormatError
-from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE
+from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 
 __all__ = ["CHECKPOINTS", "COMPARISON", "INTERRUPTED", "LOG", "MEMBERS", "NEW", "RUN_FILE", "RunFolder", "locked"]
 
@@ -32,7 +32,7 @@ COMPARISON: Final = "comparison.json"
 NEW: Final = ".new"
 _OLD, _MOVED, _LOCK = ".old", ".old.moved", ".lock"
 _FINISHED = (CONFIG_FILE, COMPARISON)  # written last, by runs of one dictionary and of several
-_PARTS = (*_FINISHED, WEIGHTS_FILE, RUN_FILE, LOG, "report.html", INTERRUPTED, MEMBERS, CHECKPOINTS)
+_PARTS = (*_FINISHED, WEIGHTS_FILE, TRAINING_FILE, RUN_FILE, LOG, "report.html", INTERRUPTED, MEMBERS, CHECKPOINTS)
 """Everything a run writes; nothing else in the folder is ever touched. What marks a finished run goes first."""
 
 
@@ -87,7 +87,7 @@ class RunFolder:
         """Make a finished run unfinished, as it is going to be trained further; its checkpoints hold what it was."""
         (self.work / COMPARISON).unlink(missing_ok=True)
         for member in members:
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
+            for name in (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE):
                 (self.of(member) / name).unlink(missing_ok=True)
 
     def end(self) -> None:

@@ -672,7 +672,7 @@ def create(
     from sae_core.plugins import get_registry
 
     try:
-        sae_class = cast("type[SAE]", get_registry().resolve("architecture", architecture))
+        sae_class = cast("type[SAE]", get_registry().usable("architecture", architecture))
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}{said_here(architecture)}") from None
     place = as_device(device)

@@ -391,7 +391,7 @@ class HuggingFaceSource:
                 rows = rows[chosen.flatten().to(rows.device, non_blocking=True)]
             if self.config.activation_dtype != "model":
                 rows = rows.to(getattr(torch, self.config.activation_dtype))
-            found[site.name] = rows.reshape(*chosen.shape, -1)
+            found[site.name] = rows.reshape(*chosen.shape, rows.shape[1:].numel())
         return found
 
     def _sequences(self, windows: Windows) -> Tensor:

@@ -41,7 +41,7 @@ from sae_core.architectures.parts import (
     without_norms,
 )
 from sae_core.codes import Codes, DenseCodes, SparseCodes
-from sae_core.config import Schedule, option, require, value_at
+from sae_core.config import Schedule, ends_of, option, require, value_at
 from sae_core.errors import ConfigError
 from sae_core.folding import fold_decoder_norm, fold_normalization
 from sae_core.ops.batch_topk import BatchTopK
@@ -173,7 +173,7 @@ class CrossLayerTranscoderConfig(SAEConfig):
             return
         require(self.k is not None, f"k is needed with activation: {self.activation}")
         among = self.d_sae if self.k_counts == "all_layers" else self.d_sae // layers
-        for value in (self.k.start, self.k.end) if isinstance(self.k, Schedule) else (self.k or 0,):
+        for value in ends_of(self.k or 0):
             whole = self.activation == "batchtopk" or value == int(value)
             require(whole, f"k must be a whole number with activation: topk, not {value}")
             require(0 < value <= among, f"k must lie in (0, {among}], not {value}")

@@ -33,7 +33,7 @@ from sae_core.architectures.parts import (
     without_norms,
 )
 from sae_core.codes import Codes, SparseCodes
-from sae_core.config import Schedule, option, require, value_at
+from sae_core.config import Schedule, ends_of, option, require, value_at
 from sae_core.errors import ConfigError
 from sae_core.ops.decode import decode
 from sae_core.ops.select import Selection
@@ -60,7 +60,7 @@ class SelectingConfig(LinearConfig):
 
 def require_k(k: float | Schedule, d_sae: int, *, least: float | None = None) -> None:
     """Raise ConfigError unless k, or both ends of its schedule, lies in [least, d_sae]; without `least`, in (0, d_sae]."""
-    for value in (k.start, k.end) if isinstance(k, Schedule) else (k,):
+    for value in ends_of(k):
         if least is None:
             require(0 < value <= d_sae, f"k must lie in (0, d_sae = {d_sae}], not {value}")
         else:

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae_core.architectures.linear import LinearConfig, LinearSAE
 from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes
-from sae_core.config import Schedule, require, value_at
+from sae_core.config import Schedule, ends_of, require, value_at
 from sae_core.ops.decode import decode_and_norms
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
 
@@ -45,7 +45,7 @@ class StandardConfig(LinearConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for p in (self.lp_norm.start, self.lp_norm.end) if isinstance(self.lp_norm, Schedule) else (self.lp_norm,):
+        for p in ends_of(self.lp_norm):
             require(p > 0, f"lp_norm must be positive, not {p}")
         require(
             not self.lp_norm_keeps_scale or self.lp_norm != 1.0,

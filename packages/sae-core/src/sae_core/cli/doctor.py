@@ -125,7 +125,7 @@ def _plugin_problems(registry: Registry) -> Iterator[str]:
     for kind in KINDS:
         for contribution in registry.contributions(kind):
             try:
-                registry.resolve(kind, contribution.qualified)
+                registry.usable(kind, contribution.qualified)
             except MissingDependencyError:
                 continue  # an optional library that whoever uses this name is asked to install
             except SaeCoreError as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_core.config import structure
-from sae_core.errors import ConfigError, FormatError, SaeCoreError
+from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
 from sae_core.format.tensors import common_dtype, plain_tensor
@@ -134,11 +134,11 @@ def recognised(
             fits = loader.matches(source, folder)
             if hints is not None and not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
                 hints.append(hint)
-        except SaeCoreError as error:
-            if damaged is not None:
-                damaged.append(str(error))
-            continue
         except Exception as error:  # noqa: BLE001 - a broken loader must not keep the formats of the others from being read
+            if isinstance(error, SaeCoreError) and not isinstance(error, PluginError):
+                if damaged is not None:
+                    damaged.append(str(error))
+                continue
             message = f"loader {contribution.qualified} could not be asked about {source.location}: {one_line(error)}"
             warnings.warn(message, PluginWarning, stacklevel=2)
             continue

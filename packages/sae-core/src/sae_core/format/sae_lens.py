@@ -270,7 +270,16 @@ def _by_a_plugin(metadata: Mapping[str, Any]) -> bool:
 
 def _of_its_provider(architecture: str, metadata: Mapping[str, Any]) -> str:
     """The name with the distribution that wrote the file, so that another plugin's claim on the bare name means nothing."""
-    return f"{_provider(metadata)[0]}:{architecture}" if _by_a_plugin(metadata) else architecture
+    from sae_core.plugins import get_registry
+
+    package = _provider(metadata)[0]
+    if (
+        package == "local"
+    ):  # a notebook's, which may have become a package since; but never what the core calls by that name
+        claims = [c for c in get_registry().contributions("architecture") if c.spec.name == architecture]
+        if claims and all(claim.distribution not in ("local", "sae-core") for claim in claims):
+            return architecture
+    return f"{package}:{architecture}" if _by_a_plugin(metadata) else architecture
 
 
 def _provider(metadata: Mapping[str, Any]) -> tuple[str, str]:

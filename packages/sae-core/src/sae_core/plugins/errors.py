@@ -17,7 +17,7 @@ __all__ = ["OUR_EXTENSIONS", "PluginWarning", "ambiguous_name", "one_line", "plu
 _LONGEST = 600  # characters of a reason; the whole story is in the traceback that `list-plugins -v` prints
 
 OUR_EXTENSIONS: dict[str, dict[str, str]] = {
-    "sae-lm": {"source": "huggingface", "command": "eval preview"},
+    "sae-lm": {"source": "activation_cache huggingface", "command": "eval lm migrate preview study"},
     "sae-loaders-gemmascope": {"loader": "gemma_2 gemma_2_transcoder gemma_3"},
     "sae-pretrained": {
         "catalogue": "public user",
@@ -26,7 +26,11 @@ OUR_EXTENSIONS: dict[str, dict[str, str]] = {
         "llama_scope_r1_distill mntss_clt_layer_transcoder mwhanna_transcoder openai openmoss qwen_scope saev sparsify "
         "temporal",
     },
-    "sae-synthetic": {"architecture": "matryoshka_l1", "source": "synthetic", "command": "demo synthetic"},
+    "sae-synthetic": {
+        "architecture": "matryoshka_l1",
+        "source": "synthetic synthetic_sites",
+        "command": "compare demo synthetic",
+    },
 }
 """What this project's own extensions provide, by distribution and kind; a test of the workspace keeps it true."""
 

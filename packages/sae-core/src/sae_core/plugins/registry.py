@@ -126,6 +126,14 @@ class Registry:
             self._resolved[target] = _import_target(contribution)
         return self._resolved[target]
 
+    def usable(self, kind: str, name: str) -> type:
+        """`resolve`, and PluginError unless the class is what its kind asks for (`promises`): for those who will use it."""
+        found = self.resolve(kind, name)
+        if lacking := missing_of(kind, found):
+            contribution = self.find(kind, name)
+            raise PluginError(f"{kind} {name!r} of {contribution.distribution} {contribution.version}: {lacking}")
+        return found
+
     def register(self, plugin: object, distribution: str = "local") -> PluginInfo:
         """Add what `plugin` provides to this process; for notebooks and tests.
 
@@ -280,8 +288,6 @@ def _import_target(contribution: Contribution) -> type:
         raise PluginError(f"{what}: target {spec.target!r}: {module_name!r} has no {attribute!r}{near}") from None
     if not isinstance(found, type):
         raise PluginError(f"{what}: target {spec.target!r} is not a class but {type(found).__name__}")
-    if lacking := missing_of(spec.kind, found):
-        raise PluginError(f"{what}: {lacking}")
     return found
 
 
