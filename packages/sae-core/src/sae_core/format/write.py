@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_core.config import default_of, unstructure
+from sae_core.durable import sync_file, sync_folder
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles
@@ -90,7 +91,7 @@ def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], trai
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -160,12 +161,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary = _temporary(path.parent, path.name)
         try:
             write(temporary)
-            _sync(temporary)
+            sync_file(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> None:
@@ -178,7 +179,7 @@ def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], t
         if training is not None and trained is not None:
             write_tensors(trained, training_tensors(training), training_header(training, digest))
         for path in (weights, config, *([trained] if trained else [])):
-            _sync(path)
+            sync_file(path)
             path.chmod(0o666 & ~_umask())
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
@@ -189,7 +190,7 @@ def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], t
     finally:
         for path in (weights, config, *([trained] if trained else [])):
             path.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _remove_training_form(path: Path) -> None:
@@ -210,19 +211,6 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
         # a sum passes on every NaN and infinity, and may itself overflow: then look at each value
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise FormatError(f"{path}: not saved, tensor {name!r} holds NaN or infinite values")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:
