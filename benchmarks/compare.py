@@ -50,10 +50,12 @@ class Contender:
     l0: float = float("nan")
     process: subprocess.Popen[str] | None = None
     unsupported: str | None = None
+    workers: Path = WORKERS
+    note: str = ""
 
     @property
     def label(self) -> str:
-        return self.name + (", bf16 product" if self.spec.product == "bfloat16" else "")
+        return self.name + self.note + (", bf16 product" if self.spec.product == "bfloat16" else "")
 
     @property
     def best(self) -> float:
@@ -63,13 +65,13 @@ class Contender:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.spec.threads),
-            "PYTHONPATH": str(WORKERS),
+            "PYTHONPATH": str(self.workers),
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
         }
         self.process = subprocess.Popen(
-            [self.python, "-W", "ignore", str(WORKERS / SCRIPTS[self.name]), json.dumps(dataclasses.asdict(self.spec))],
+            [self.python, "-W", "ignore", str(self.workers / SCRIPTS[self.name]), json.dumps(dataclasses.asdict(self.spec))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -149,7 +151,7 @@ def rows_of(title: str, contenders: Sequence[Contender], batch: int) -> list[dic
                 "of product": product.best / contender.best if product else float("nan"),
             }
         )
-    peers = [c for c in contenders if c.name not in ("sae-core", "product")]
+    peers = [c for c in contenders if c.name not in ("sae-core", "product") or c.note]
     fastest = min((c.best for c in peers), default=float("nan"))
     for row, contender in zip(made, (c for c in contenders if c is not product), strict=True):
         row["vs fastest peer"] = fastest / contender.best
@@ -209,6 +211,12 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every library")
     parser.add_argument("--only", action="append", help="just the cases whose name contains this; may be repeated")
     parser.add_argument("--json", type=Path, help="also write all numbers here")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout of this project, with its .venv, to measure in turn with this one",
+    )
     return parser
 
 
@@ -256,6 +264,17 @@ def run_cases(
         contenders = [Contender(name, sys.executable, spec) for name in ("sae-core", "product")]
         if title in BFLOAT16:  # peers have no such option
             contenders.append(Contender("sae-core", sys.executable, dataclasses.replace(spec, product="bfloat16")))
+        if arguments.before is not None:
+            there = arguments.before
+            contenders.append(
+                Contender(
+                    "sae-core",
+                    str(there / ".venv/bin/python"),
+                    spec,
+                    workers=there / "benchmarks/workers",
+                    note=f" in {there.name}",
+                )
+            )
         contenders += [
             Contender(name, python, spec)
             for name, python in peers.items()
