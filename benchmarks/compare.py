@@ -71,7 +71,13 @@ class Contender:
             "WANDB_MODE": "disabled",
         }
         self.process = subprocess.Popen(
-            [self.python, "-W", "ignore", str(self.workers / SCRIPTS[self.name]), json.dumps(dataclasses.asdict(self.spec))],
+            [
+                self.python,
+                "-W",
+                "ignore",
+                str(self.workers / SCRIPTS[self.name]),
+                json.dumps(dataclasses.asdict(self.spec)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_core.codes import Codes, DenseCodes, FiringSummary, LatentMajor, SparseCodes
+from sae_core.codes import Codes, DenseCodes, LatentMajor, SparseCodes
 from sae_core.errors import ShapeError
 from torch import Tensor
 
@@ -120,17 +120,6 @@ def test_codes_move_between_precisions_and_keep_their_places() -> None:
     assert moved.values.dtype == torch.float64
     assert moved.to_dense().equal(DENSE.double())
     assert not ragged().with_values(VALUES.clone().requires_grad_()).detach().values.requires_grad
-
-
-@given(dense_rows(), st.integers(0, 5))
-def test_summaries_of_blocks_join_to_that_of_all_rows(dense: Tensor, cut: int) -> None:
-    codes = DenseCodes(dense, (dense.shape[0],))
-    parts = [FiringSummary((part != 0).sum(-1), (part != 0).sum(0)) for part in (dense[:cut], dense[cut:])]
-    joined = FiringSummary.joined(parts)
-    assert joined.shape == dense.shape
-    assert joined.l0().equal(codes.l0())
-    assert joined.fired().equal(codes.fired())
-    assert joined.firing_counts().equal(codes.firing_counts())
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from sae_core import ActivationBatch, SparseCodes, TrainConfig, Trainer, create
-from sae_core.codes import DenseCodes, FiringSummary
+from sae_core import ActivationBatch, TrainConfig, Trainer, create
 from sae_core.sae import SAE, StepContext, StepOutput
 from sae_core.training import row_blocks
+from sae_core.training.row_blocks import forward_and_backward
 
 D_IN, D_SAE, ROWS = 6, 16, 23
 CASES: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ def inputs(seed: int = 1) -> torch.Tensor:
     return torch.randn(ROWS, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(sae: SAE, output: StepOutput) -> dict[str, torch.Tensor]:
-    output.loss.backward()
+def gradients(sae: SAE) -> dict[str, torch.Tensor]:
+    """What is in the parameters' ``.grad``, which is emptied."""
     found = {name: parameter.grad for name, parameter in sae.named_parameters() if parameter.grad is not None}
     sae.zero_grad()
     return found
@@ -49,30 +49,27 @@ def test_blocks_of_rows_give_the_loss_the_gradients_and_the_statistics_of_the_wh
     sae, batch = made(case), ActivationBatch(inputs())
     context = StepContext(progress=0.5, dead=torch.tensor([1, 4]), density=0.5)
     whole = sae.training_step(batch, context)
-    expected = gradients(sae, whole)
-    blocks = row_blocks.training_step(sae, batch, context)
-    assert isinstance(whole.codes, DenseCodes)
-    assert isinstance(blocks.codes, FiringSummary)
-    torch.testing.assert_close(blocks.loss.detach(), whole.loss.detach())
-    torch.testing.assert_close(dict(blocks.losses), {name: value.detach() for name, value in whole.losses.items()})
-    torch.testing.assert_close(blocks.reconstruction, whole.reconstruction.detach())
-    torch.testing.assert_close(blocks.target, whole.target)
-    assert blocks.codes.shape == (ROWS, D_SAE)
-    assert blocks.codes.l0().tolist() == whole.codes.l0().tolist()
-    assert blocks.codes.firing_counts().tolist() == whole.codes.firing_counts().tolist()
-    assert blocks.codes.fired().tolist() == whole.codes.fired().tolist()
-    torch.testing.assert_close(gradients(sae, blocks), expected)
+    whole.loss.backward()
+    expected = gradients(sae)
+    found = forward_and_backward(sae, batch, context)
+    torch.testing.assert_close(gradients(sae), expected)
+    torch.testing.assert_close(found.loss, whole.loss.detach())
+    torch.testing.assert_close(dict(found.losses), {name: value.detach() for name, value in whole.losses.items()})
+    torch.testing.assert_close(found.reconstruction, whole.reconstruction.detach())
+    torch.testing.assert_close(found.target, whole.target)
+    assert found.l0.tolist() == whole.codes.l0().tolist()
+    assert found.firing_counts.tolist() == whole.codes.firing_counts().tolist()
 
 
-def test_a_scaled_loss_scales_the_gradients_and_goes_backward_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "_BLOCK_ENTRIES", 5 * D_SAE)
+@pytest.mark.parametrize("entries", [5 * D_SAE, 10**6])
+def test_gradients_are_added_to_those_that_are_there(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_blocks, "_BLOCK_ENTRIES", entries)
     sae, batch = made("standard"), ActivationBatch(inputs())
-    expected = gradients(sae, sae.training_step(batch))
-    output = row_blocks.training_step(sae, batch, StepContext())
-    (3 * output.loss).backward(retain_graph=True)
-    torch.testing.assert_close(sae.W_dec.grad, 3 * expected["W_dec"])
-    with pytest.raises(RuntimeError, match="goes backward once"):
-        output.loss.backward()
+    forward_and_backward(sae, batch, StepContext())
+    once = {name: gradient.clone() for name, gradient in gradients(sae).items()}
+    for _ in range(2):
+        forward_and_backward(sae, batch, StepContext())
+    torch.testing.assert_close(gradients(sae), {name: 2 * gradient for name, gradient in once.items()})
 
 
 @pytest.mark.parametrize(
@@ -89,8 +86,16 @@ def test_what_is_not_a_mean_over_rows_or_is_sparse_goes_at_once(
     monkeypatch.setattr(row_blocks, "_BLOCK_ENTRIES", 100)
     sae = create(architecture, d_in=D_IN, d_sae=512, seed=0, **options)
     context = StepContext(density=0.001 if density else None)
-    codes = row_blocks.training_step(sae, ActivationBatch(inputs()), context).codes
-    assert isinstance(codes, SparseCodes | DenseCodes)
+    seen: list[int] = []
+    whole = sae.training_step
+
+    def watched(batch: ActivationBatch, context: StepContext) -> StepOutput:
+        seen.append(len(batch.inputs))
+        return whole(batch, context)
+
+    monkeypatch.setattr(sae, "training_step", watched)
+    forward_and_backward(sae, ActivationBatch(inputs()), context)
+    assert seen == [ROWS]
 
 
 @pytest.mark.parametrize("case", ["standard", "gated", "jumprelu"])

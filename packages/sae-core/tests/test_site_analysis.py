@@ -95,10 +95,11 @@ def test_betas_are_those_of_the_targets_written_out_for_any_dictionary() -> None
     found = latent_scaling(sae, [ActivationBatch(x[:15], y[:15]), ActivationBatch(x[15:], y[15:])], latents, own="b")
     f, directions = sae.encode(x)[:, latents], sae.directions()[latents]
     for site, part in (("a", slice(0, 3)), ("b", slice(3, 6))):
+        bias = sae.offset()[part]
         without = (sae(x)[:, None, part] - f[:, :, None] * directions[:, part]).detach()
         for targets, betas in (
             (y[:, None, part] - without, found.error),
-            (sae(x)[:, None, part], found.reconstruction),
+            (sae(x)[:, None, part] - bias, found.reconstruction),
         ):
             expected = least_squares_beta(f, directions[:, 3:], targets)
             torch.testing.assert_close(betas[site], expected.detach())

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,10 @@ import pytest
 import torch
 from sae_core import ActivationBatch, TrainConfig, Trainer, create
 from sae_core.errors import ConfigError, DataError
-from sae_core.sae import StepOutput
 from sae_core.training.learner import geometric_median
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.monitor import DeadLatents, Window
+from sae_core.training.row_blocks import StepResult
 from sae_core.training.trainer import Progress
 
 D_IN, FEATURES = 16, 32
@@ -138,7 +139,7 @@ def test_a_source_of_another_width_is_refused_before_training() -> None:
 
 def test_the_first_samples_are_trained_on_after_they_were_looked_at() -> None:
     seen: list[int] = []
-    Trainer(small(), batches(5), config(), [lambda p: seen.append(p.output.target.shape[0])]).fit()
+    Trainer(small(), batches(5), config(), [lambda p: seen.append(p.result.target.shape[0])]).fit()
     assert seen == [256] * 5
 
 
@@ -199,28 +200,27 @@ def test_explained_variance_of_a_window_does_not_depend_on_the_batch_size() -> N
     for size in (1024, 256, 64):
         window = Window(D_IN, 48, x.device)
         for part in x.split(size):
-            window.add(sae.training_step(part))
+            window.add(StepResult.of(sae.training_step(part)))
         values.append(window.flush()["explained_variance"])
     residual, spread = (sae(x).detach() - x).square().sum(), (x - x.mean(0)).square().sum()
     assert values == pytest.approx([float(1 - residual / spread)] * 3, abs=1e-5)
 
 
-def outputs(sae: Any, reconstruction: torch.Tensor, target: torch.Tensor) -> StepOutput:
-    step = sae.training_step(target)
-    return StepOutput(step.loss, step.losses, step.codes, reconstruction, target)
+def result(sae: Any, reconstruction: torch.Tensor, target: torch.Tensor) -> StepResult:
+    return replace(StepResult.of(sae.training_step(target)), reconstruction=reconstruction)
 
 
 def test_explained_variance_is_one_for_the_identity_and_zero_for_the_mean() -> None:
     sae, x = small(), next(batches(1))
     for reconstruction, expected in ((x, 1.0), (x.mean(0).expand_as(x), 0.0)):
         window = Window(D_IN, 48, x.device)
-        window.add(outputs(sae, reconstruction, x))
+        window.add(result(sae, reconstruction, x))
         assert window.flush()["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_window_is_empty_after_its_flush() -> None:
     window = Window(D_IN, 48, torch.device("cpu"))
-    window.add(small().training_step(next(batches(1))))
+    window.add(StepResult.of(small().training_step(next(batches(1)))))
     assert window.flush()["l0"] <= 3
     assert window.flush() == {}
 
@@ -232,7 +232,7 @@ def test_latents_are_dead_after_as_many_samples_without_firing() -> None:
         sae.b_enc[:3] = 100.0
     dead = DeadLatents(48, 500, sae.device)
     for _, expected in ((1, None), (2, 45)):
-        dead.add(sae.training_step(next(batches(1))))
+        dead.add(StepResult.of(sae.training_step(next(batches(1)))))
         indices = dead.indices()
         assert (None if indices is None else indices.numel()) == expected
     assert indices is not None
@@ -385,7 +385,7 @@ def test_what_an_architecture_measures_cannot_overwrite_what_the_trainer_does() 
     step = sae.training_step(next(batches(1)))
     one = torch.ones(())
     metrics = {"l0": one, "residual": one * 2, "loss": one * 3, "unknown": one * math.nan}
-    window.add(StepOutput(step.loss, step.losses, step.codes, step.reconstruction, step.target, metrics))
+    window.add(replace(StepResult.of(step), metrics=metrics))
     record = window.flush()
     assert (record["metrics/l0"], record["metrics/residual"], record["metrics/loss"]) == (1.0, 2.0, 3.0)
     assert record["metrics/unknown"] is None
@@ -395,9 +395,9 @@ def test_what_an_architecture_measures_cannot_overwrite_what_the_trainer_does() 
 
 @pytest.mark.parametrize(("value", "what"), [(torch.ones(3), r"tensor of shape \(3,\)"), (0.5, "float")])
 def test_metrics_that_are_not_one_number_are_one_error(value: Any, what: str) -> None:
-    step = small().training_step(next(batches(1)))
+    step = StepResult.of(small().training_step(next(batches(1))))
     window = Window(D_IN, 48, torch.device("cpu"))
-    bad = StepOutput(step.loss, step.losses, step.codes, step.reconstruction, step.target, {"odd": value})
+    bad = replace(step, metrics={"odd": value})
     with pytest.raises(DataError, match=f"metrics/odd as a?.*{what}"):
         window.add(bad)
 

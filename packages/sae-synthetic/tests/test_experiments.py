@@ -170,7 +170,7 @@ def test_k_falls_from_60_to_25_and_the_rate_at_the_end(monkeypatch: pytest.Monke
 
     def watched(sae: Any, batches: Any, plan: TrainConfig, callbacks: Any = ()) -> Trainer:
         def watch(progress: Any) -> None:
-            k = float(progress.output.codes.l0().double().mean())
+            k = float(progress.result.l0.double().mean())
             seen.append((str(sae.config.k), k, progress.trainer.optimizer.param_groups[0]["lr"]))
 
         return plain(sae, batches, plan, callbacks=[*callbacks, watch])

@@ -12,7 +12,7 @@ with the values, `row_sums` adds values over each row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_core.errors import ShapeError
 
-__all__ = ["Codes", "DenseCodes", "FiringSummary", "LatentMajor", "SparseCodes"]
+__all__ = ["Codes", "DenseCodes", "LatentMajor", "SparseCodes"]
 
 
 class LatentMajor(NamedTuple):
@@ -279,38 +279,6 @@ class DenseCodes:
     def row_dots(self, parameter: Tensor) -> Tensor:
         """(rows,) sums over each row of the codes' values times a (d_sae,) parameter."""
         return self.values @ parameter
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class FiringSummary:
-    """What is known of latents that were not kept: `row_counts` (rows,) active ones, `latent_counts` (d_sae,) rows of each."""
-
-    row_counts: Tensor
-    latent_counts: Tensor
-
-    @classmethod
-    def joined(cls, parts: Sequence[FiringSummary]) -> FiringSummary:
-        """The summary of all rows, from those of blocks of rows in order."""
-        counts = torch.stack([part.latent_counts for part in parts]).sum(0)
-        return cls(torch.cat([part.row_counts for part in parts]), counts)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape that the dense form would have."""
-        return self.row_counts.numel(), self.latent_counts.numel()
-
-    def l0(self) -> Tensor:
-        """(rows,) number of non-zero latents in each row."""
-        return self.row_counts
-
-    def fired(self) -> Tensor:
-        """(d_sae,) bool: the latents that are non-zero anywhere in the batch."""
-        return self.latent_counts > 0
-
-    def firing_counts(self) -> Tensor:
-        """(d_sae,) number of rows in which each latent is non-zero."""
-        return self.latent_counts
 
 
 Codes = SparseCodes | DenseCodes

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from sae_core.codes import Codes, DenseCodes, FiringSummary, SparseCodes
+from sae_core.codes import Codes, DenseCodes, SparseCodes
 from sae_core.config import option, require, structure
 from sae_core.errors import ConfigError, DataError, ShapeError, UnknownNameError
 from sae_core.normalization import Normalization, NormalizationName, Units
@@ -142,13 +142,12 @@ class StepOutput:
     """What an objective returns.
 
     `loss` is the scalar to minimise, `losses` its terms (after their coefficients), `metrics` further scalars on the device.
-    `reconstruction` and `target` are (rows, d_out), in the space in which the loss compares them. Where a step went through
-    its rows in blocks, `codes` is what remains of the latents, a `FiringSummary`.
+    `reconstruction` and `target` are (rows, d_out), in the space in which the loss compares them.
     """
 
     loss: Tensor
     losses: Mapping[str, Tensor]
-    codes: Codes | FiringSummary
+    codes: Codes
     reconstruction: Tensor
     target: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])

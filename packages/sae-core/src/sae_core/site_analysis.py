@@ -8,9 +8,10 @@ which they explain best what is left over there, or what the other latents alrea
 
     beta = argmin sum over rows |beta f_j d_j - t|^2 = sum f_j (d_j . t) / sum f_j^2 |d_j|^2
 
-with t the error (target less reconstruction, without the latent's own part in it) or the reconstruction. The ratio nu of the
-betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large for latents
-whose norm was shrunk away, with reconstructions for latents that are one half of a split concept.
+with t the error (target less reconstruction, without the latent's own part in it) or the reconstruction less its bias. The
+ratio nu of the
+of the betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large for
+latents whose norm was shrunk away, with reconstructions for latents that are one half of a split concept.
 
 Everything is in the space that the decoder writes to: that of normalised activations, if the dictionary normalises.
 """
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from sae_core.errors import ConfigError, ShapeError, did_you_mean
+from sae_core.errors import ConfigError, DataError, ShapeError, did_you_mean
 from sae_core.protocols import ActivationBatch
 from sae_core.sites import Sites
 
@@ -101,9 +102,9 @@ def least_squares_beta(latents_RN: Tensor, directions_NW: Tensor, targets_RNW: T
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentScaling:
-    """Betas (latents,) of each site, by name, for `latents`, whose own site is `own`.
+    """Betas (latents,) of each site, by name, for `latents`, whose own site is `own`; NaN for latents that never fired.
 
-    `error` explains the error without the latent's own part in the reconstruction, `reconstruction` the reconstruction.
+    `error` explains the error without the latent's own part in the reconstruction, `reconstruction` what latents reconstruct.
     """
 
     latents: Tensor
@@ -122,13 +123,13 @@ class LatentScaling:
 
 @torch.no_grad()
 def latent_scaling(
-    sae: SAE, batches: Iterable[Tensor | ActivationBatch], latents: Sequence[int], *, own: str
+    sae: SAE, batches: Iterable[Tensor | ActivationBatch], latents: Sequence[int] | None = None, *, own: str
 ) -> LatentScaling:
-    """Latent scaling of some latents over batches of activations, in one pass that keeps no rows.
+    """Latent scaling of some latents (None: of all) over batches of activations, in one pass that keeps no rows.
 
     `own` is the site at which the latents' directions are taken, the one that they seem to be exclusive to; sites must all
     have its width. Raises ConfigError for a site that the dictionary does not write, for sites of other widths, and for
-    normalisations of each row, under which a latent has no one direction.
+    normalisations of each row, under which a latent has no one direction; DataError without a batch.
 
     >>> from sae_core import create
     >>> sae = create("standard", d_in=4, d_sae=2, reads={"base": 2, "chat": 2}, apply_b_dec_to_input=False)
@@ -150,26 +151,34 @@ def latent_scaling(
         raise ConfigError(
             f"latent scaling needs one direction for a latent; with {sae.config.normalize_activations} it differs by row"
         )
-    chosen = torch.as_tensor(list(latents), device=sae.device)
+    chosen = torch.as_tensor(list(range(sae.d_sae) if latents is None else latents), device=sae.device)
     rows_NO = sae.directions()[chosen].double()
     own_NW = rows_NO[:, slices[own]]
     power_N = torch.zeros(len(chosen), dtype=torch.float64, device=sae.device)
     along = {kind: {name: torch.zeros_like(power_N) for name in slices} for kind in ("error", "reconstruction")}
-    for batch in batches:
-        inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, ActivationBatch) else (batch, None)
-        prepared = sae.prepare(inputs)
-        codes = sae.encode_rows(prepared)
-        y_RO = sae.decode_rows(codes, prepared).double()
-        error_RO = sae.target_rows(prepared, targets).double() - y_RO
-        f_RN = codes.to_dense().reshape(len(y_RO), -1)[:, chosen].double()
-        squares_N = f_RN.square().sum(0)
-        power_N += squares_N * own_NW.square().sum(-1)
-        for name, part in slices.items():
-            own_part_N = squares_N * (own_NW * rows_NO[:, part]).sum(
-                -1
-            )  # what leaving the latent out adds to the error
-            along["error"][name] += (f_RN * (error_RO[:, part] @ own_NW.t())).sum(0) + own_part_N
-            along["reconstruction"][name] += (f_RN * (y_RO[:, part] @ own_NW.t())).sum(0)
+    bias_O = sae.offset().double()
+    was_training, seen = sae.training, 0
+    sae.eval()
+    try:
+        for batch in batches:
+            inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, ActivationBatch) else (batch, None)
+            prepared = sae.prepare(inputs)
+            codes = sae.encode_rows(prepared)
+            y_RO = sae.decode_rows(codes, prepared).double()
+            error_RO = sae.target_rows(prepared, targets).double() - y_RO
+            explained_RO = y_RO - bias_O
+            f_RN = codes.to_dense().reshape(len(y_RO), -1)[:, chosen].double()
+            squares_N = f_RN.square().sum(0)
+            power_N += squares_N * own_NW.square().sum(-1)
+            for name, part in slices.items():
+                own_part_N = squares_N * (own_NW * rows_NO[:, part]).sum(-1)  # leaving it out adds this to the error
+                along["error"][name] += (f_RN * (error_RO[:, part] @ own_NW.t())).sum(0) + own_part_N
+                along["reconstruction"][name] += (f_RN * (explained_RO[:, part] @ own_NW.t())).sum(0)
+            seen += len(y_RO)
+    finally:
+        sae.train(was_training)
+    if not seen:
+        raise DataError("latent scaling: there was no batch")
     betas = {kind: {name: sums_N / power_N for name, sums_N in found.items()} for kind, found in along.items()}
     return LatentScaling(chosen, own, betas["error"], betas["reconstruction"])
 

@@ -20,11 +20,11 @@ from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
 from sae_core.protocols import ActivationBatch
-from sae_core.sae import SAE, StepContext, StepOutput
-from sae_core.training import row_blocks
+from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.monitor import DeadLatents, Window, check_batch
 from sae_core.training.optimizer import clipped_step
+from sae_core.training.row_blocks import StepResult, forward_and_backward
 from sae_core.training.schedules import learning_rate_factor
 from sae_core.training.steering import CoefficientSteering
 
@@ -117,7 +117,7 @@ class Learner:
 
     # Steps.
 
-    def step(self, batch: Batch) -> StepOutput:
+    def step(self, batch: Batch) -> StepResult:
         """One optimiser step on one batch, cut to what is left of `total_samples`."""
         placed = self._placed(batch)
         if self.steps == 0:
@@ -131,23 +131,22 @@ class Learner:
         rows = rows_of(placed, self.sae.d_in)
         self._set_optimizer(rows, context.progress)
         self.optimizer.zero_grad(set_to_none=True)
-        output = row_blocks.training_step(self.sae, placed, context)
-        output.loss.backward()
+        result = forward_and_backward(self.sae, placed, context)
         clip = self.config.grad_clip_norm
         clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
         self.sae.after_step()
-        self.window.add(output)
-        self.dead.add(output)
+        self.window.add(result)
+        self.dead.add(result)
         if context.progress >= _LAST_PART:
-            self._fired += output.codes.firing_counts()
-            self._fired_rows += output.target.shape[0]
+            self._fired += result.firing_counts
+            self._fired_rows += result.target.shape[0]
         if self.steering is not None:
-            self.steering.add(output)
+            self.steering.add(result)
         if self.steps == 0:
-            self._first_error = _error(output)
+            self._first_error = _error(result)
         self.samples += rows
         self.steps += 1
-        return output
+        return result
 
     def flush(self) -> Record | None:
         """The record of the steps since the last flush; None when there were none.
@@ -285,9 +284,9 @@ class Learner:
         was = self.sae.training
         few = ActivationBatch(batch.inputs[:2], None if batch.targets is None else batch.targets[:2])
         self.sae.eval()  # running statistics stay as they are
-        self.window.announce(
-            self.sae.training_step(few, self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device)))
-        )
+        context = self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device))
+        output = self.sae.training_step(few, context)
+        self.window.announce(output.losses, output.metrics)
         self.sae.train(was)
 
     def _placed(self, batch: Batch, first_sample: int | None = None) -> ActivationBatch:
@@ -356,9 +355,9 @@ class Learner:
         self._best_error = min(self._best_error, error)
 
 
-def _error(output: StepOutput) -> Tensor:
+def _error(result: StepResult) -> Tensor:
     """The squared error of a row, on the device."""
-    residual = output.reconstruction.detach() - output.target
+    residual = result.reconstruction.detach() - result.target
     return residual.double().square().sum() / residual.shape[0]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import DataError
-from sae_core.sae import StepOutput
+from sae_core.training.row_blocks import StepResult
 
 __all__ = ["DeadLatents", "Window", "check_batch"]
 
@@ -42,22 +42,22 @@ class Window:
         self._rows = 0
 
     @torch.no_grad()
-    def add(self, output: StepOutput) -> None:
+    def add(self, result: StepResult) -> None:
         """Account for one step. Raises DataError for losses and metrics that are not one number each."""
-        target, residual = output.target, output.reconstruction - output.target
+        target, residual = result.target, result.reconstruction - result.target
         self._mean_and_squares[:-1] += target.sum(0)
         self._mean_and_squares[-1] += target.square().sum()
         rows = target.shape[0]
         self._add("residual", residual.square().sum())
-        self._add("l0", output.codes.l0().sum())
-        self._add("loss", output.loss * rows)
-        for name, value in _names(output).items():
+        self._add("l0", result.l0.sum())
+        self._add("loss", result.loss * rows)
+        for name, value in _names(result.losses, result.metrics).items():
             self._add(name, value.reshape(()) * rows)
         self._rows += rows
 
-    def announce(self, output: StepOutput) -> None:
-        """Expect the names that `output` has, so that records have the same keys from the first one on."""
-        for name in ("residual", "l0", "loss", *_names(output)):
+    def announce(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        """Expect these names, so that records have the same keys from the first one on."""
+        for name in ("residual", "l0", "loss", *_names(losses, metrics)):
             self._names.setdefault(name)
 
     def flush(self) -> dict[str, float | None]:
@@ -107,10 +107,10 @@ class DeadLatents:
         self.samples_since_fired = torch.zeros(d_sae, dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def add(self, output: StepOutput) -> None:
+    def add(self, result: StepResult) -> None:
         """Account for one step of `rows` samples: what fired starts counting again."""
-        self.samples_since_fired += output.target.shape[0]
-        self.samples_since_fired.masked_fill_(output.codes.fired(), 0)
+        self.samples_since_fired += result.target.shape[0]
+        self.samples_since_fired.masked_fill_(result.firing_counts > 0, 0)
 
     def indices(self) -> Tensor | None:
         """(n_dead,) indices of the dead latents, or None when there are none. Waits for the device."""
@@ -125,10 +125,10 @@ def _mean(name: str, total: float | None, rows: int) -> float | None:
     return None if name.startswith("metrics/") and not math.isfinite(mean) else mean
 
 
-def _names(output: StepOutput) -> dict[str, Tensor]:
+def _names(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Loss terms and metrics under the names that records have. Raises DataError for what is not one number."""
-    found = {f"loss/{name}": value for name, value in output.losses.items()}
-    found |= {f"metrics/{name}": value for name, value in output.metrics.items()}
+    found = {f"loss/{name}": value for name, value in losses.items()}
+    found |= {f"metrics/{name}": value for name, value in metrics.items()}
     for name, value in found.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

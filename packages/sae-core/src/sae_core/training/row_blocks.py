@@ -1,65 +1,108 @@
-"""A training step in blocks of rows, for dictionaries that are still held densely.
+"""Forward and backward passes of one training step, in blocks of rows where a dictionary is still held densely.
 
 A dense step keeps several (batch, d_sae) matrices alive between forward and backward pass. Where the loss is a mean over
 rows, it need not: each block of rows goes forward and backward at once, its gradients are added to those of the blocks
 before, and its matrices are free for the next. Nothing is computed twice, and memory follows the block, not the batch.
 
-What remains of the latents is a summary: how many were active in every row, and how often each was.
+What is left of a step is the same either way: the gradients, the losses, and a summary of the latents, how many were active
+in every row and how often each was.
 """
 
-# R rows
+# R rows, F d_sae
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from sae_core.codes import FiringSummary
 from sae_core.ops.dispatch import prefer_sparse
 from sae_core.ops.gradient_sums import summed
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext, StepOutput
 
-__all__ = ["training_step"]
+__all__ = ["StepResult", "forward_and_backward"]
 
 _BLOCK_ENTRIES = 8 * 2**20  # smaller blocks add full-size gradients more often, larger ones take more memory
 
 
-def training_step(sae: SAE, batch: ActivationBatch, context: StepContext) -> StepOutput:
-    """What ``sae.training_step`` gives, in blocks of rows where the loss allows it and latents are held densely.
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What is left of a training step, without a graph; all of it is on the device.
 
-    In blocks, the gradients exist before ``loss.backward()``, which hands them out once.
+    `loss`, `losses` and `metrics` are those of the objective's `StepOutput`, as are `reconstruction` and `target`,
+    (rows, d_out). `l0` (rows,) counts each row's active latents, `firing_counts` (d_sae,) the rows of each latent.
     """
+
+    loss: Tensor
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
+    l0: Tensor
+    firing_counts: Tensor
+    reconstruction: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, output: StepOutput, share: float = 1.0) -> StepResult:
+        """What is left of a block of rows; means over rows are weighted with its share of the rows."""
+
+        def weighted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.detach() * share for name, value in named.items()}
+
+        return cls(
+            output.loss.detach() * share,
+            weighted(output.losses),
+            weighted(output.metrics),
+            output.codes.l0().flatten(),
+            output.codes.firing_counts(),
+            output.reconstruction.detach(),
+            output.target.detach(),
+        )
+
+
+def forward_and_backward(sae: SAE, batch: ActivationBatch, context: StepContext) -> StepResult:
+    """One step's passes; gradients are added to the parameters' ``.grad``."""
     rows = batch.inputs.numel() // sae.d_in
     blocks = -(-rows * sae.d_sae // _BLOCK_ENTRIES)
     dense = not prefer_sparse(d_sae=sae.d_sae, density=context.density, device=sae.device)
     if blocks <= 1 or not dense or not sae.loss_is_mean_over_rows:
-        return sae.training_step(batch, context)
+        output = sae.training_step(batch, context)
+        output.loss.backward()
+        return StepResult.of(output)
     parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
     gradients: list[Tensor | None] = [None] * len(parameters)
-    outputs: list[StepOutput] = []
+    results: list[StepResult] = []
     with summed(parameters) as sums:
         for block in _split(batch, blocks):
             output = sae.training_step(block, context)
             share = output.target.shape[0] / rows
             found = torch.autograd.grad(output.loss * share, parameters, allow_unused=True)
             gradients = [_added(g, more) for g, more in zip(gradients, found, strict=True)]
-            outputs.append(_summary(output, share))
+            results.append(StepResult.of(output, share))
             del output, found
             if context.density is None and sae.device.type == "cpu":  # the other blocks need not look
-                context = dataclasses.replace(context, density=float(outputs[0].codes.l0().double().mean()) / sae.d_sae)
-    gradients = [_added(g, dense.total) for g, dense in zip(gradients, sums, strict=True)]
-    loss = cast("Tensor", _WithGradients.apply(_total([output.loss for output in outputs]), gradients, *parameters))
-    return StepOutput(
-        loss,
-        {name: _total([output.losses[name] for output in outputs]) for name in outputs[0].losses},
-        FiringSummary.joined([cast("FiringSummary", output.codes) for output in outputs]),
-        torch.cat([output.reconstruction for output in outputs]),
-        torch.cat([output.target for output in outputs]),
-        {name: _total([output.metrics[name] for output in outputs]) for name in outputs[0].metrics},
+                context = dataclasses.replace(context, density=float(results[0].l0.double().mean()) / sae.d_sae)
+    for parameter, gradient, dense_sum in zip(parameters, gradients, sums, strict=True):
+        parameter.grad = _added(parameter.grad, _added(gradient, dense_sum.total))
+    return _joined(results)
+
+
+def _joined(results: Sequence[StepResult]) -> StepResult:
+    """Of all rows, from blocks of them in order."""
+    first = results[0]
+    return StepResult(
+        _total([result.loss for result in results]),
+        {name: _total([result.losses[name] for result in results]) for name in first.losses},
+        {name: _total([result.metrics[name] for result in results]) for name in first.metrics},
+        torch.cat([result.l0 for result in results]),
+        _total([result.firing_counts for result in results]),
+        torch.cat([result.reconstruction for result in results]),
+        torch.cat([result.target for result in results]),
     )
 
 
@@ -68,18 +111,6 @@ def _split(batch: ActivationBatch, blocks: int) -> list[ActivationBatch]:
     inputs = batch.inputs.split(size)
     targets = [None] * len(inputs) if batch.targets is None else batch.targets.split(size)
     return [ActivationBatch(x, y) for x, y in zip(inputs, targets, strict=True)]
-
-
-def _summary(output: StepOutput, share: float) -> StepOutput:
-    """A block's output without its graph and its latents; means over rows are weighted with its share of the rows."""
-    return StepOutput(
-        output.loss.detach() * share,
-        {name: value.detach() * share for name, value in output.losses.items()},
-        FiringSummary(output.codes.l0().flatten(), output.codes.firing_counts()),
-        output.reconstruction.detach(),
-        output.target.detach(),
-        {name: value.detach() * share for name, value in output.metrics.items()},
-    )
 
 
 def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -91,22 +122,5 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient if total is None else total
 
 
-def _total(parts: list[Tensor]) -> Tensor:
+def _total(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A number, and its gradients by the parameters, which are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        gradients = cast("list[Tensor | None]", ctx.gradients)
-        if ctx.gradients is None:
-            raise RuntimeError("a step in blocks of rows goes backward once; its gradients have been handed out")
-        ctx.gradients = None
-        return None, None, *(None if g is None else g.mul_(grads[0]) for g in gradients)

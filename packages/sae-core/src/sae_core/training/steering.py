@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sae_core.config import Schedule, require
 from sae_core.errors import ConfigError
-from sae_core.sae import SAE, StepOutput
+from sae_core.sae import SAE
+from sae_core.training.row_blocks import StepResult
 
 __all__ = ["CoefficientSteering", "L0Controller"]
 
@@ -89,9 +90,9 @@ class CoefficientSteering:
         return float(getattr(self._sae.config, self._field))
 
     @torch.no_grad()
-    def add(self, output: StepOutput) -> None:
+    def add(self, result: StepResult) -> None:
         """Account for one step."""
-        l0_R: Tensor = output.codes.l0()
+        l0_R: Tensor = result.l0
         self._l0 += l0_R.sum()
         self._rows += l0_R.numel()
 

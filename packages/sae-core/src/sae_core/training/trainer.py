@@ -31,12 +31,13 @@ from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.plugins import PluginWarning
 from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
-from sae_core.sae import SAE, StepOutput, create
+from sae_core.sae import SAE, create
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.facts import config_facts, differences, source_facts, version_facts
 from sae_core.training.health import health
 from sae_core.training.learner import DivergedError, Learner, Record
+from sae_core.training.row_blocks import StepResult
 
 __all__ = ["Callback", "Progress", "Record", "TrainResult", "Trainer"]
 
@@ -46,11 +47,11 @@ Loggers = Sequence[Logger] | Mapping[str, Sequence[Logger]]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a callback sees after each step of a dictionary; reading `output` waits for the device."""
+    """What a callback sees after each step of a dictionary; reading `result` waits for the device."""
 
     trainer: Trainer
     learner: Learner
-    output: StepOutput
+    result: StepResult
     record: Record | None
     """The record of this step's flush, or None between flushes."""
     name: str = ""
@@ -247,7 +248,7 @@ class Trainer:
         """Have `fit` end after the step that is running; may be called from a callback or a signal handler."""
         self._stop = True
 
-    def step(self, batch: Batch) -> StepOutput:
+    def step(self, batch: Batch) -> StepResult:
         """One optimiser step of the only SAE on one batch, in train mode, cut to what is left of `total_samples`."""
         learner = self.learner
         if learner.finished:
@@ -420,14 +421,14 @@ class Trainer:
             bar.update(self.samples - before)
             self._show(bar)
 
-    def _step(self, name: str, batch: Batch) -> StepOutput:
+    def _step(self, name: str, batch: Batch) -> StepResult:
         learner = self.learners[name]
-        output = learner.step(batch)
+        result = learner.step(batch)
         due = learner.steps % learner.config.log_every_steps == 0 or learner.finished
         record = self._flush(name) if due else None
         for callback in self.callbacks:
-            callback(Progress(self, learner, output, record, name))
-        return output
+            callback(Progress(self, learner, result, record, name))
+        return result
 
     def _flush(self, name: str) -> Record | None:
         if name in self.dropped:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from sae_core import SAE
-from sae_core.latent_scaling import latent_scaling
+from sae_core.site_analysis import latent_scaling
 from sae_core.sites import Sites
 from torch import Tensor
 
@@ -146,8 +146,11 @@ def _scores(sae: SAE, world: MultiSiteModel) -> dict[str, float]:
     called_F = site_shares(directions, Sites(SITES))[1] >= ALONE
     held_out = world.activation_generator.held_out()
     batches = (world.reads(held_out.sample_codes(4096)) for _ in range(EVAL_SAMPLES // 4096))
-    scaling = latent_scaling(sae, batches, "tuned", "base")
-    nu_error, nu_reconstruction = scaling.nu_error.abs().cpu(), scaling.nu_reconstruction.abs().cpu()
+    scaling = latent_scaling(sae, batches, own="tuned")
+    nu_error, nu_reconstruction = (
+        scaling.error_ratio("base").abs().cpu(),
+        scaling.reconstruction_ratio("base").abs().cpu(),
+    )
     confirmed_F = called_F & (nu_error < NU_ERROR) & (nu_reconstruction < NU_RECONSTRUCTION)
     fires_F = torch.isfinite(nu_error)
     larger = torch.maximum(nu_error / NU_ERROR, nu_reconstruction / NU_RECONSTRUCTION)

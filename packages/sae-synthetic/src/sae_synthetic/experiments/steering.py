@@ -32,7 +32,7 @@ class SteerL0:
         trainer = progress.trainer
         if trainer.steps % _EVERY:
             return
-        l0 = float(progress.output.codes.l0().double().mean())
+        l0 = float(progress.result.l0.double().mean())
         adjustments = self._total / (trainer.samples / trainer.steps) / _EVERY
         sae: Any = trainer.sae
         value = getattr(sae.config, self._name) * self._controller.factor(l0, adjustments)

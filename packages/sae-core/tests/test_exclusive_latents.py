@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from sae_core import SAE, create
-from sae_core.errors import ConfigError, DataError, ShapeError
-from sae_core.latent_scaling import latent_scaling
+from sae_core.errors import DataError
+from sae_core.site_analysis import latent_scaling
 from torch import Tensor
 
 
@@ -39,46 +39,43 @@ TUNED_ONLY = [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
 def test_the_error_holds_a_feature_that_was_shrunk_away(strength: float) -> None:
     sae = _crosscoder([SHARED, TUNED_ONLY], [READS_SECOND, READS_FIRST])
-    found = latent_scaling(sae, _world(strength).split(100), "tuned", "base")
-    assert float(found.nu_error[1]) == pytest.approx(strength, abs=1e-6)
-    assert float(found.nu_reconstruction[1]) == pytest.approx(0, abs=1e-6)
-    assert found.reference_error.tolist() == pytest.approx([1, 1])
+    found = latent_scaling(sae, _world(strength).split(100), own="tuned")
+    assert float(found.error_ratio("base")[1]) == pytest.approx(strength, abs=1e-6)
+    assert float(found.reconstruction_ratio("base")[1]) == pytest.approx(0, abs=1e-6)
+    assert found.error["tuned"].tolist() == pytest.approx([1, 1])
 
 
 def test_the_reconstruction_holds_a_feature_that_another_latent_has_there() -> None:
     base_only = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     sae = _crosscoder([SHARED, TUNED_ONLY, base_only], [READS_SECOND, READS_FIRST, READS_FIRST])
-    found = latent_scaling(sae, [_world(1.0)], "tuned", "base")
-    assert float(found.nu_reconstruction[1]) == pytest.approx(1, abs=1e-6)
-    assert float(found.nu_error[1]) == pytest.approx(0, abs=1e-6)
+    found = latent_scaling(sae, [_world(1.0)], own="tuned")
+    assert float(found.reconstruction_ratio("base")[1]) == pytest.approx(1, abs=1e-6)
+    assert float(found.error_ratio("base")[1]) == pytest.approx(0, abs=1e-6)
 
 
 def test_batches_add_up_and_the_mode_stays() -> None:
     sae = _crosscoder([SHARED, TUNED_ONLY], [READS_SECOND, READS_FIRST]).train()
     x = _world(0.4)
-    whole, parts = (latent_scaling(sae, batches, "tuned", "base") for batches in ([x], x.split(37)))
-    torch.testing.assert_close(whole.nu_error, parts.nu_error)
+    whole, parts = (latent_scaling(sae, batches, own="tuned") for batches in ([x], x.split(37)))
+    torch.testing.assert_close(whole.error_ratio("base"), parts.error_ratio("base"))
     assert sae.training
 
 
 def test_a_latent_that_never_fires_has_no_number() -> None:
     sae = _crosscoder([SHARED, TUNED_ONLY], [READS_SECOND, [-1.0] * 6])
-    found = latent_scaling(sae, [_world(0.4)], "tuned", "base")
-    assert bool(found.nu_error.isnan()[1])
-    assert not bool(found.nu_error.isnan()[0])
+    found = latent_scaling(sae, [_world(0.4)], own="tuned")
+    assert bool(found.error_ratio("base").isnan()[1])
+    assert not bool(found.error_ratio("base").isnan()[0])
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
-    sae = _crosscoder([SHARED], [READS_SECOND])
+def test_without_a_batch_there_is_nothing_to_say() -> None:
     with pytest.raises(DataError, match="there was no batch"):
-        latent_scaling(sae, [], "tuned", "base")
-    with pytest.raises(ConfigError, match="no site 'chat'"):
-        latent_scaling(sae, [], "chat", "base")
-    with pytest.raises(ConfigError, match="both 'base'"):
-        latent_scaling(sae, [], "base", "base")
-    wide = create("standard", d_in=5, d_sae=2, reads={"a": 2, "b": 3})
-    with pytest.raises(ShapeError, match="'a' is 2 wide, 'b' 3"):
-        latent_scaling(wide, [], "a", "b")
-    transcoder = create("standard", d_in=4, d_sae=2, d_out=4, writes={"a": 2, "b": 2})
-    with pytest.raises(ConfigError, match="a transcoder has no two sites"):
-        latent_scaling(transcoder, [], "a", "b")
+        latent_scaling(_crosscoder([SHARED], [READS_SECOND]), [], own="tuned")
+
+
+def test_a_decoder_bias_is_not_what_latents_explain() -> None:
+    sae = _crosscoder([SHARED, TUNED_ONLY], [READS_SECOND, READS_FIRST])
+    with torch.no_grad():
+        sae.get_parameter("b_dec").copy_(torch.tensor([5.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
+    found = latent_scaling(sae, [_world(0.0)], own="tuned")
+    assert float(found.reconstruction_ratio("base")[1]) == pytest.approx(0, abs=1e-6)
