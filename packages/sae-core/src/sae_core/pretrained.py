@@ -18,7 +18,7 @@ from sae_core.protocols import Catalogue, CatalogueEntry, FileSource, KnowsBaseM
 if TYPE_CHECKING:
     import torch
 
-    from sae_core.sae import SAE
+    from sae_core.dictionary import Dictionary
 
 __all__ = ["all_catalogues", "describe_origin", "find_entry", "format_of", "load_pretrained", "read_config"]
 
@@ -33,7 +33,7 @@ def load_pretrained(
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
     mmap: bool | None = None,
-) -> SAE:
+) -> Dictionary:
     """Load a published SAE; `SAE.from_pretrained` is this function.
 
     `overrides` are facts that the files lack, over those that the catalogue knows; `rows` the latents to load, None for all.

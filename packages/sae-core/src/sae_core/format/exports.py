@@ -12,14 +12,14 @@ from typing import cast
 import torch
 
 from sae_core.config import structure, unstructure
+from sae_core.dictionary import Dictionary, Export
 from sae_core.errors import FormatError
 from sae_core.plugins import get_registry
-from sae_core.sae import SAE, Export
 
 __all__ = ["check_export", "exported"]
 
 
-def exported(sae: SAE) -> Export:
+def exported(sae: Dictionary) -> Export:
     """``sae.export()``, checked. Raises FormatError that says what is wrong with it."""
     made = sae.export()
     if not isinstance(made, Export):
@@ -28,14 +28,14 @@ def exported(sae: SAE) -> Export:
     return made
 
 
-def check_export(made: Export, *, by: SAE) -> None:
+def check_export(made: Export, *, by: Dictionary) -> None:
     """Raise FormatError unless what `by` exports can be loaded again as what it says it is."""
     who = f"{by.architecture}: export() gives architecture {made.architecture!r}"
     registry = get_registry()
     if made.architecture == by.architecture:
         sae_class = type(by)
     else:
-        sae_class = cast("type[SAE]", registry.resolve("architecture", made.architecture))
+        sae_class = cast("type[Dictionary]", registry.resolve("architecture", made.architecture))
     if not isinstance(made.config, sae_class.config_class):
         raise FormatError(
             f"{who} with a {type(made.config).__name__}, which is not its {sae_class.config_class.__name__}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_core.config import structure
+from sae_core.dictionary import Dictionary, as_device, as_dtype
 from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
@@ -25,7 +26,6 @@ from sae_core.format.trouble import first_line, trouble
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
-from sae_core.sae import SAE, as_device, as_dtype
 
 __all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae", "recognised"]
 
@@ -51,7 +51,7 @@ def load_sae(
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
     mmap: bool | None = None,
-) -> SAE:
+) -> Dictionary:
     """Load from a local folder, or a file where a format is a single file."""
     with trouble(path, "reading"):
         single = path.is_file()
@@ -74,7 +74,7 @@ def read_sae(
     overrides: Mapping[str, Any] | None = None,
     rows: Sequence[int] | None = None,
     mmap: bool | None = None,
-) -> SAE:
+) -> Dictionary:
     """Load one SAE from a file source; with `rows` some of its latents, whose numbers its metadata then hold as ``rows``.
 
     The parameters are maps of the file where nothing had to be computed (`mmap` True), or copies in memory (False); None maps
@@ -86,7 +86,7 @@ def read_sae(
     loaded = loader.load(source, folder, overrides=overrides, rows=rows)
     where = f"{source.location}/{folder}".rstrip("/")
     if rows is not None:
-        sae_class = cast("type[SAE]", get_registry().resolve("architecture", loaded.architecture))
+        sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", loaded.architecture))
         if not sae_class.independent_latents:
             raise ConfigError(
                 f"{where}: rows= cannot be used with architecture {loaded.architecture!r}: its latents compete, so some of "
@@ -154,7 +154,7 @@ def build_sae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     mmap: bool | None = None,
-) -> SAE:
+) -> Dictionary:
     """An SAE from what a loader read. Raises FormatError for tensors that are missing, left over, misshapen or not finite.
 
     The tensors are handed over: `loaded.tensors` is empty afterwards, so that what has been cast is not kept twice. Tensors of
@@ -162,7 +162,7 @@ def build_sae(
     """
     if loaded.activation_scale is not None and not 0 < loaded.activation_scale < math.inf:
         raise ConfigError(f"{where}: norm_scaling_factor must be a positive number, not {loaded.activation_scale}")
-    sae_class = cast("type[SAE]", get_registry().resolve("architecture", loaded.architecture))
+    sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", loaded.architecture))
     config = structure(loaded.config, sae_class.config_class, where=f"{where}: architecture {loaded.architecture!r}")
     try:
         with torch.device("meta"):
@@ -228,7 +228,9 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _fill(sae: SAE, tensors: dict[str, Tensor], where: str, device: torch.device, dtype: torch.dtype | None) -> None:
+def _fill(
+    sae: Dictionary, tensors: dict[str, Tensor], where: str, device: torch.device, dtype: torch.dtype | None
+) -> None:
     wanted = {sae.axis(name).file or name: (name, tensor) for name, tensor in sae.tensors().items()}
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:

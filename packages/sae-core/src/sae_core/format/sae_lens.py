@@ -29,7 +29,7 @@ from sae_core.protocols import FileSource, LoadedSAE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_core.sae import SAE
+    from sae_core.dictionary import Dictionary
 
 __all__ = ["SaeLensLoader"]
 
@@ -147,7 +147,7 @@ class SaeLensLoader:
 
 
 def _as_trained(
-    config: dict[str, Any], architecture: str, metadata: Mapping[str, Any], sae_class: type[SAE]
+    config: dict[str, Any], architecture: str, metadata: Mapping[str, Any], sae_class: type[Dictionary]
 ) -> dict[str, Any]:
     """`config` with the fields that only training reads, as the run had them that `sae.save` recorded."""
     ours = metadata.get("sae_core")
@@ -160,7 +160,7 @@ def _as_trained(
 
 
 def _take_rows(
-    tensors: dict[str, Tensor], config: dict[str, Any], rows: Sequence[int], sae_class: type[SAE], where: str
+    tensors: dict[str, Tensor], config: dict[str, Any], rows: Sequence[int], sae_class: type[Dictionary], where: str
 ) -> None:
     """Keep some latents only, in every tensor that the class declares to have one entry a latent."""
     import torch
@@ -236,11 +236,11 @@ def _sort(
     return config
 
 
-def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[SAE]:
+def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[Dictionary]:
     from sae_core.plugins import get_registry
 
     try:
-        return cast("type[SAE]", get_registry().resolve("architecture", architecture))
+        return cast("type[Dictionary]", get_registry().resolve("architecture", architecture))
     except UnknownNameError as error:
         package, version = _provider(metadata)
         if package == "local":
@@ -336,7 +336,7 @@ def _upgrade(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
     return cfg
 
 
-def _upgrade_tensors(tensors: dict[str, Tensor], sae_class: type[SAE], where: str) -> None:
+def _upgrade_tensors(tensors: dict[str, Tensor], sae_class: type[Dictionary], where: str) -> None:
     """What older or foreign files hold otherwise: an unused scaling factor, logarithms of thresholds, a bare running mean.
 
     A name that the architecture declares as its own means what it means there.

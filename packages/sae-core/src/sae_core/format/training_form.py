@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sae_core.sae import SAE, Export
+    from sae_core.dictionary import Dictionary, Export
 
 __all__ = ["load_training_form", "needs_training_form", "training_header", "training_tensors"]
 
 
-def needs_training_form(sae: SAE, exported: Export) -> bool:
+def needs_training_form(sae: Dictionary, exported: Export) -> bool:
     """Whether the inference form leaves out more than the choices of a training run, which the metadata keep."""
     return exported.architecture != sae.architecture or len(sae.state_dict()) > len(sae.tensors())
 
 
-def training_tensors(sae: SAE) -> dict[str, Tensor]:
+def training_tensors(sae: Dictionary) -> dict[str, Tensor]:
     """Everything that a module of this architecture and config needs to go on where `sae` is."""
     return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in sae.state_dict().items()}
 
 
-def training_header(sae: SAE, weights: str) -> Callable[[Mapping[str, str]], str]:
+def training_header(sae: Dictionary, weights: str) -> Callable[[Mapping[str, str]], str]:
     """What the file's header says; `weights` is the digest of the weights that it belongs to."""
     provider = get_registry().provider_of("architecture", type(sae))
     said = {
@@ -52,14 +52,14 @@ def training_header(sae: SAE, weights: str) -> Callable[[Mapping[str, str]], str
 
 def load_training_form(
     path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
-) -> SAE:
+) -> Dictionary:
     """The SAE in `path` as it was in training, in train mode.
 
     That is the inference form itself where it holds everything. Raises FormatError where it does not and there is no training
     form, or one of another save.
     """
+    from sae_core.dictionary import as_device, as_dtype
     from sae_core.format.read import load_sae
-    from sae_core.sae import as_device, as_dtype
 
     sae = load_sae(path, device=device, dtype=dtype, format="sae_lens")
     file = path / TRAINING_FILE
@@ -79,7 +79,7 @@ def load_training_form(
         )
     name, provider = str(said.get("architecture")), str(said.get("provider", ""))
     known = name if provider in ("", "sae-core", "local") else f"{provider}:{name}"
-    sae_class = cast("type[SAE]", get_registry().resolve("architecture", known))
+    sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", known))
     config = said.get("config")
     trained = sae_class(structure(cast("Mapping[str, Any]", config), sae_class.config_class, where=f"{file}: config"))
     tensors = {key: plain_tensor(tensor, key, str(file)) for key, tensor in read_safetensors(file).items()}

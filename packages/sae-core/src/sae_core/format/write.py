@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_core.config import default_of, unstructure
+from sae_core.dictionary import Dictionary, Export, SAEConfig
 from sae_core.durable import sync_file, sync_folder
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
@@ -44,7 +45,6 @@ from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
 from sae_core.plugins import get_registry
-from sae_core.sae import SAE, Export, SAEConfig
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
 
@@ -53,7 +53,7 @@ _ABANDONED = 60.0  # seconds without a change after which a temporary folder tha
 _SAE_LENS_LAYOUT = "6.28.0"  # readers take a file without this version for one of the flat configs before 6.0
 
 
-def save_sae(sae: SAE, path: Path, *, overwrite: bool = False) -> Path:
+def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
     """Write `sae` in inference form to the folder `path`; `overwrite` replaces files that are not an SAE of this format."""
     exported = checked_export(sae)
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
@@ -76,7 +76,7 @@ def save_sae(sae: SAE, path: Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> bool:
+def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}."[:200], suffix=".tmp", dir=path.parent))
     try:
@@ -121,7 +121,7 @@ def _refuse_strangers(path: Path) -> None:
         )
 
 
-def inference_config(sae: SAE, exported: Export) -> dict[str, Any]:
+def inference_config(sae: Dictionary, exported: Export) -> dict[str, Any]:
     """The content of cfg.json."""
     architecture, cfg = to_sae_lens(exported.architecture, _inference_fields(exported.config))
     if exported.architecture == sae.architecture:
@@ -169,7 +169,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: SAE | None) -> None:
+def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None) -> None:
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
     try:

@@ -20,10 +20,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sae_core.dictionary import Dictionary, StepContext, StepOutput
 from sae_core.ops.dispatch import prefer_sparse
 from sae_core.ops.gradient_sums import summed
 from sae_core.protocols import ActivationBatch
-from sae_core.sae import SAE, StepContext, StepOutput
 
 __all__ = ["StepResult", "forward_and_backward"]
 
@@ -65,7 +65,7 @@ class StepResult:
         )
 
 
-def forward_and_backward(sae: SAE, batch: ActivationBatch, context: StepContext) -> StepResult:
+def forward_and_backward(sae: Dictionary, batch: ActivationBatch, context: StepContext) -> StepResult:
     """One step's passes; gradients are added to the parameters' ``.grad``."""
     rows = batch.inputs.numel() // sae.d_in
     blocks = -(-rows * sae.d_sae // _BLOCK_ENTRIES)
@@ -122,5 +122,5 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient if total is None else total
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
+def _total(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
