@@ -210,7 +210,7 @@ def test_study_from_the_command_line(saved_model: Path, tmp_path: Path, capsys: 
     sae.metadata = {"model_name": str(saved_model), "hook_name": "model.layers.1", "context_size": 24}
     sae.save(tmp_path / "sae")
     (tmp_path / "text.txt").write_text("Some text of some words.\n\nAnd more of it.\n\n" * 9)
-    arguments = ["study", str(tmp_path / "sae"), "--text", str(tmp_path / "text.txt"), "--tokens", "100"]
+    arguments = ["lm", "study", str(tmp_path / "sae"), "--text", str(tmp_path / "text.txt"), "--tokens", "100"]
     assert main([*arguments, "--set", "study.top=3", "--device", "cpu"]) == 0
     assert "48 latents at model.layers.1 on 100 positions" in capsys.readouterr().out
     found = StudyFolder(tmp_path / "sae" / "study")

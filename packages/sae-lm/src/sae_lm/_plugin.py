@@ -33,17 +33,12 @@ def sae_register_commands() -> Iterator[CommandSpec]:
     yield CommandSpec(
         name="lm",
         target="sae_lm.cli.lm:Lm",
-        summary="Pretokenise text, cache activations to disk",
+        summary="Pretokenise text, cache activations to disk, study the latents of a saved SAE",
     )
     yield CommandSpec(
         name="preview",
         target="sae_lm.cli.preview:Preview",
         summary="Show the first windows of tokens a run would train on",
-    )
-    yield CommandSpec(
-        name="study",
-        target="sae_lm.cli.study:Study",
-        summary="Collect examples, densities and promoted tokens of every latent of a saved SAE",
     )
     yield CommandSpec(
         name="migrate",
