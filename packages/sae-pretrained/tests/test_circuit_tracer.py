@@ -15,7 +15,7 @@ import torch
 import yaml
 from sae_core import SAE, create
 from sae_core.errors import ConfigError, FormatError
-from sae_pretrained.convert import convert
+from sae_core.format.convert import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -11,6 +11,7 @@ from sae_core.plugins import (
     LoaderSpec,
     LoggerSpec,
     MetricSpec,
+    WriterSpec,
     hookimpl,
 )
 
@@ -51,6 +52,16 @@ def sae_register_loaders() -> Iterator[LoaderSpec]:
 
 
 @hookimpl
+def sae_register_writers() -> Iterator[WriterSpec]:
+    """The native format, for those architectures that SAELens has."""
+    yield WriterSpec(
+        name="sae_lens",
+        target="sae_core.format.sae_lens_writer:SaeLensWriter",
+        summary="cfg.json + sae_weights.safetensors, of what SAELens 6 can read",
+    )
+
+
+@hookimpl
 def sae_register_activation_sources() -> Iterator[ActivationSourceSpec]:
     """Activations that are on disk already."""
     yield ActivationSourceSpec(
@@ -79,9 +90,14 @@ def sae_register_metrics() -> Iterator[MetricSpec]:
 
 @hookimpl
 def sae_register_loggers() -> Iterator[LoggerSpec]:
-    """Training records as lines of JSON."""
+    """Training records in files."""
     yield LoggerSpec(
         name="jsonl", target="sae_core.training.loggers:JsonlLogger", summary="One JSON object a line, in a local file"
+    )
+    yield LoggerSpec(
+        name="csv",
+        target="sae_core.training.csv_logger:CsvLogger",
+        summary="A table with a line a record, in a local file",
     )
 
 
@@ -89,6 +105,9 @@ def sae_register_loggers() -> Iterator[LoggerSpec]:
 def sae_register_commands() -> Iterator[CommandSpec]:
     """The command line's own commands."""
     yield CommandSpec(name="train", target="sae_core.cli.train:Train", summary="Train a dictionary from a run file")
+    yield CommandSpec(
+        name="convert", target="sae_core.cli.convert:Convert", summary="Write an SAE in another library's format"
+    )
     yield CommandSpec(name="list", target="sae_core.cli.list_names:List", summary="What the plugins provide, by kind")
     yield CommandSpec(name="show", target="sae_core.cli.show:Show", summary="One name: its options, docs and provider")
     yield CommandSpec(

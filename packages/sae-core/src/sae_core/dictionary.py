@@ -211,6 +211,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     `sparsity_coefficient`, the config field that weighs sparsity against reconstruction, for ``target_l0`` to steer;
     `independent_latents`, a latent's value does not depend on the other latents, so that some of them can be loaded alone;
     `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
+    `starts_from_data`, `start_from` wants to see the first samples;
     `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`.
     """
 
@@ -220,6 +221,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     sparsity_coefficient: ClassVar[str | None] = None
     independent_latents: ClassVar[bool] = False
     reads_sequences: ClassVar[bool] = False
+    starts_from_data: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = False
     config: ConfigT_co
 
@@ -285,6 +287,11 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     def reconstructs_input(self) -> bool:
         """Whether the output is to be the input, or (a transcoder) something else that comes with it in training."""
         return True
+
+    def start_from(self, z_RD: Tensor, target_RO: Tensor) -> None:
+        """Called before the first step, where `starts_from_data`, with the normalised inputs (rows, d_in) and what is to be
+        reconstructed (rows, d_out) that training begins with; `start_at` comes afterwards.
+        """
 
     def start_at(self, centre_O: Tensor) -> None:
         """Called before the first step with a central point (d_out,) of the normalised targets: start biases there."""

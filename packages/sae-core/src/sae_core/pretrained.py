@@ -64,7 +64,7 @@ def read_config(source: FileSource, entry: CatalogueEntry) -> LoadedSAE:
     """What the files say about an SAE besides its weights, which are not read."""
     from sae_core.plugins import get_registry
 
-    loader = cast("Loader", get_registry().resolve("loader", format_of(source, entry))())
+    loader = cast("Loader", get_registry().usable("loader", format_of(source, entry))())
     return loader.load(source, entry.path, weights=False, overrides=dict(entry.overrides) or None)
 
 
@@ -121,7 +121,7 @@ def all_catalogues() -> dict[str, Catalogue]:
     found: dict[str, Catalogue] = {}
     for name in registry.names("catalogue"):
         try:
-            found[name] = cast("Catalogue", registry.resolve("catalogue", name)())
+            found[name] = cast("Catalogue", registry.usable("catalogue", name)())
         except Exception as error:  # noqa: BLE001 - one catalogue's trouble must not hide what the others have
             warnings.warn(PluginWarning(f"the catalogue {name!r} cannot be used: {error}"), stacklevel=2)
     return found
@@ -184,11 +184,28 @@ def _require_folder(source: FileSource, path: str) -> None:
 
 def _unknown_release(release: str, catalogues: Mapping[str, Catalogue], refusals: list[str]) -> str:
     if not catalogues:
-        return f"unknown release {release!r}: no catalogue is installed; pip install sae-pretrained"
+        return f"unknown release {release!r}: there is no catalogue to look it up in\n{_how_to_get_catalogues()}"
     if "/" in release:  # each catalogue said why it has no such repository
         return "\n".join(dict.fromkeys(refusals))
     known = sorted({known for name, catalogue in catalogues.items() for known in _releases(name, catalogue)})
-    return f"unknown release {release!r}; {_near(release, known)}\nall of them: sae-core pretrained list"
+    return f"unknown release {release!r}; {_near(release, known)}\ncatalogues: {', '.join(catalogues)}{_listing()}"
+
+
+def _how_to_get_catalogues() -> str:
+    """What `public`, the catalogue of published SAEs, waits for: being installed, enabled or mended."""
+    from sae_core.plugins import get_registry
+    from sae_core.plugins.errors import unknown_name
+
+    registry = get_registry()
+    return unknown_name("catalogue", "public", registry.names("catalogue"), registry.plugins())
+
+
+def _listing() -> str:
+    """The command that lists all releases, where it is installed."""
+    from sae_core.plugins import get_registry
+
+    name = "pretrained"
+    return f"; all releases: sae-core {name} list" if name in get_registry().names("command") else ""
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sae_core.sae import SAE, Export
+
 __all__ = [
     "ActivationBatch",
     "ActivationSource",
@@ -35,6 +37,7 @@ __all__ = [
     "Logger",
     "Metric",
     "Resumable",
+    "Writer",
 ]
 
 
@@ -170,6 +173,19 @@ class Loader(Protocol):
         `folder` is a folder or, for formats of one file, a file. `overrides` are facts that the files lack and a
         catalogue supplies. `rows` are the latents to load, in this order, None for all; the config's d_sae is then their
         number. Raises FormatError naming file and key for anything missing, unknown or of the wrong shape.
+        """
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes dictionaries in one format, that of another library for example. It approximates nothing."""
+
+    def write(self, sae: SAE, exported: Export, folder: Path) -> Sequence[str]:
+        """Fill the empty `folder`; returns notes on what the format leaves out, one sentence each.
+
+        `exported` is the checked inference form of `sae`, and its `architecture` is qualified, ``"sae-core:topk"``, so that
+        another plugin's dictionary of that name is not taken for it. Raises FormatError for what the format cannot express.
         """
         ...
 

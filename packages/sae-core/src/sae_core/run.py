@@ -42,7 +42,7 @@ from sae_core.signals import first_signal
 from sae_core.training.checkpoint import Checkpoints, Found
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
-from sae_core.training.facts import absolute_paths
+from sae_core.training.facts import absolute_paths, named_architecture
 from sae_core.training.loggers import JsonlConfig, JsonlLogger, NamedLogger
 from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
@@ -277,7 +277,7 @@ def resolved(
     """The run with every default filled in and paths made absolute, as plain data; a grid is written out."""
     config = getattr(source, "config", None)
     fields = unstructure(absolute_paths(config)) if dataclasses.is_dataclass(config) else {}
-    full = {name: {"architecture": sae.architecture, **unstructure(sae.config)} for name, sae in saes.items()}
+    full = {name: {"architecture": named_architecture(sae), **unstructure(sae.config)} for name, sae in saes.items()}
     plain = {**unstructure(absolute_paths(run)), "source": {"name": run.source["name"], **fields}}
     if list(saes) == [""]:
         return {**plain, "sae": full[""], "seed": members[""].seed}
@@ -291,7 +291,7 @@ def resolved(
 def _new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:
     try:
         given = {**member.sae, **_sites_read(member, source)}
-        sae_class = cast("type[SAE]", get_registry().resolve("architecture", str(given["architecture"])))
+        sae_class = cast("type[SAE]", get_registry().usable("architecture", str(given["architecture"])))
         fields: dict[str, Any] = {**fields_for(source, sae_class), **given}
         return create(fields.pop("architecture"), seed=member.seed, device=run.device, dtype=run.dtype, **fields)
     except ConfigError as error:

@@ -120,7 +120,7 @@ def _sae(config: Mapping[str, Any], steps: int, out: dict[str, str]) -> dict[str
         raise ConfigError("migrate: sae has no 'architecture'")
     given.pop("d_in", None)  # the source's width
     given.pop("metadata", None)
-    known = get_registry().resolve("architecture", name).config_class
+    known = get_registry().usable("architecture", name).config_class
     require(is_dataclass(known), f"migrate: {name!r} has no config")
     names = {one.name for one in fields(known)}
     made: dict[str, Any] = {"architecture": name}

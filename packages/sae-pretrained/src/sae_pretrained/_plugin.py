@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sae_core.plugins import CatalogueSpec, CommandSpec, LoaderSpec, hookimpl
+from sae_core.plugins import CatalogueSpec, CommandSpec, LoaderSpec, WriterSpec, hookimpl
 
 
 @hookimpl
@@ -94,13 +94,31 @@ def sae_register_loaders() -> Iterator[LoaderSpec]:
 
 
 @hookimpl
+def sae_register_writers() -> Iterator[WriterSpec]:
+    """Formats of other libraries that ``sae-core convert`` writes."""
+    writers = "sae_pretrained.writers"
+    yield WriterSpec(
+        name="dictionary_learning",
+        target=f"{writers}.dictionary_learning:DictionaryLearningWriter",
+        summary="dictionary_learning: ae.pt + config.json",
+    )
+    yield WriterSpec(
+        name="sparsify",
+        target=f"{writers}.sparsify:SparsifyWriter",
+        summary="EleutherAI's sparsify: sae.safetensors + cfg.json",
+    )
+    yield WriterSpec(
+        name="circuit_tracer",
+        target=f"{writers}.circuit_tracer:CircuitTracerWriter",
+        summary="circuit-tracer: transcoders, of one layer or across layers",
+    )
+
+
+@hookimpl
 def sae_register_commands() -> Iterator[CommandSpec]:
     """Finding, fetching, checking and sharing SAEs."""
     yield CommandSpec(
         name="pretrained",
         target="sae_pretrained.cli:Pretrained",
         summary="List, show, download, verify and upload SAEs",
-    )
-    yield CommandSpec(
-        name="convert", target="sae_pretrained.cli.convert:Convert", summary="Write an SAE in another library's format"
     )

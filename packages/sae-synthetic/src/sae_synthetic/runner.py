@@ -270,7 +270,7 @@ class SyntheticSAERunner:
         for settings in wanted:
             others = dict(settings)
             require("name" in others, "logger: missing key 'name'")
-            kind = cast("Any", get_registry().resolve("logger", others.pop("name")))
+            kind = cast("Any", get_registry().usable("logger", others.pop("name")))
             made.append(kind(structure(others, kind.config_class, where=f"logger {settings['name']!r}")))
         return made
 

@@ -17,7 +17,7 @@ __all__ = ["List"]
 
 @final
 class List:
-    """List architectures, loaders, sources, catalogues, metrics, loggers or commands, and who provides them."""
+    """List architectures, loaders, writers, sources, catalogues, metrics, loggers or commands, and who provides them."""
 
     help: ClassVar[str] = "List what can be used by name, and which plugin provides it."
 

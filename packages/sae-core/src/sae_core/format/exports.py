@@ -14,9 +14,9 @@ import torch
 from sae_core.config import structure, unstructure
 from sae_core.dictionary import Dictionary, Export
 from sae_core.errors import FormatError
-from sae_core.plugins import get_registry
+from sae_core.plugins import Contribution, get_registry
 
-__all__ = ["check_export", "exported"]
+__all__ = ["check_export", "exported", "provider_of"]
 
 
 def exported(sae: Dictionary) -> Export:
@@ -35,7 +35,7 @@ def check_export(made: Export, *, by: Dictionary) -> None:
     if made.architecture == by.architecture:
         sae_class = type(by)
     else:
-        sae_class = cast("type[Dictionary]", registry.resolve("architecture", made.architecture))
+        sae_class = cast("type[Dictionary]", registry.usable("architecture", made.architecture))
     if not isinstance(made.config, sae_class.config_class):
         raise FormatError(
             f"{who} with a {type(made.config).__name__}, which is not its {sae_class.config_class.__name__}"
@@ -63,3 +63,10 @@ def check_export(made: Export, *, by: Dictionary) -> None:
             raise FormatError(
                 f"{who} with {name!r} of shape {tuple(given[name])}, but its config asks for {tuple(wanted[name])}"
             )
+
+
+def provider_of(made: Export, by: Dictionary) -> Contribution:
+    """Who provides the architecture that `by` exports as: where it is its own, its class, whoever else has that name."""
+    if made.architecture == by.architecture:
+        return get_registry().provider_of("architecture", type(by))
+    return get_registry().find("architecture", made.architecture)

@@ -82,11 +82,11 @@ def read_sae(
     """
     rows = None if rows is None else distinct_rows(rows)
     name = format or find_loader(source, folder)
-    loader = cast("Loader", get_registry().resolve("loader", name)())
+    loader = cast("Loader", get_registry().usable("loader", name)())
     loaded = loader.load(source, folder, overrides=overrides, rows=rows)
     where = f"{source.location}/{folder}".rstrip("/")
     if rows is not None:
-        sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", loaded.architecture))
+        sae_class = cast("type[Dictionary]", get_registry().usable("architecture", loaded.architecture))
         if not sae_class.independent_latents:
             raise ConfigError(
                 f"{where}: rows= cannot be used with architecture {loaded.architecture!r}: its latents compete, so some of "
@@ -130,7 +130,7 @@ def recognised(
     found: list[str] = []
     for contribution in registry.contributions("loader"):
         try:
-            loader = cast("Loader", registry.resolve("loader", contribution.qualified)())
+            loader = cast("Loader", registry.usable("loader", contribution.qualified)())
             fits = loader.matches(source, folder)
             if hints is not None and not fits and isinstance(loader, Hints) and (hint := loader.hint(source, folder)):
                 hints.append(hint)
@@ -162,7 +162,7 @@ def build_sae(
     """
     if loaded.activation_scale is not None and not 0 < loaded.activation_scale < math.inf:
         raise ConfigError(f"{where}: norm_scaling_factor must be a positive number, not {loaded.activation_scale}")
-    sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", loaded.architecture))
+    sae_class = cast("type[Dictionary]", get_registry().usable("architecture", loaded.architecture))
     config = structure(loaded.config, sae_class.config_class, where=f"{where}: architecture {loaded.architecture!r}")
     try:
         with torch.device("meta"):

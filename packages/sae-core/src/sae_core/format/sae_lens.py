@@ -23,7 +23,7 @@ from sae_core.errors import ConfigError, FormatError, UnknownNameError, did_you_
 from sae_core.format.facts import METADATA_FACTS, known_facts
 from sae_core.format.files import CONFIG_FILE, WEIGHTS_FILE, join, read_json
 from sae_core.format.pair import read_pair
-from sae_core.format.sae_lens_names import from_sae_lens
+from sae_core.format.sae_lens_names import from_sae_lens, of_its_provider
 from sae_core.protocols import FileSource, LoadedSAE
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class SaeLensLoader:
         if not _by_a_plugin(metadata):
             written, cfg = from_sae_lens(written, cfg)
         claimed = (overrides or {}).get("architecture")
-        architecture = _of_its_provider(written, metadata) if claimed is None else str(claimed)
+        architecture = of_its_provider(written, _provider(metadata)[0]) if claimed is None else str(claimed)
         sae_class = _class(architecture, metadata, where)
         fields = {field.name for field in dataclasses.fields(sae_class.config_class)}
         facts = known_facts(overrides, "sae_lens", {"architecture", "norm_scaling_factor", *fields})
@@ -240,7 +240,7 @@ def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[D
     from sae_core.plugins import get_registry
 
     try:
-        return cast("type[Dictionary]", get_registry().resolve("architecture", architecture))
+        return cast("type[Dictionary]", get_registry().usable("architecture", architecture))
     except UnknownNameError as error:
         package, version = _provider(metadata)
         if package == "local":
@@ -266,20 +266,6 @@ def _class(architecture: str, metadata: Mapping[str, Any], where: str) -> type[D
 
 def _by_a_plugin(metadata: Mapping[str, Any]) -> bool:
     return _provider(metadata)[0] not in ("", "sae-core")
-
-
-def _of_its_provider(architecture: str, metadata: Mapping[str, Any]) -> str:
-    """The name with the distribution that wrote the file, so that another plugin's claim on the bare name means nothing."""
-    from sae_core.plugins import get_registry
-
-    package = _provider(metadata)[0]
-    if (
-        package == "local"
-    ):  # a notebook's, which may have become a package since; but never what the core calls by that name
-        claims = [c for c in get_registry().contributions("architecture") if c.spec.name == architecture]
-        if claims and all(claim.distribution not in ("local", "sae-core") for claim in claims):
-            return architecture
-    return f"{package}:{architecture}" if _by_a_plugin(metadata) else architecture
 
 
 def _provider(metadata: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["from_sae_lens", "said_here", "to_sae_lens"]
+__all__ = ["from_sae_lens", "of_its_provider", "said_here", "to_sae_lens"]
 
 _D_OUT = 768  # SAELens's own default
 _THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +43,25 @@ def to_sae_lens(architecture: str, cfg: Mapping[str, Any]) -> tuple[str, dict[st
             if (name, fields["skip"]) == (architecture, bool(cfg.get("skip"))):
                 return theirs, {key: value for key, value in cfg.items() if key != "skip"}
     return architecture, dict(cfg)
+
+
+def of_its_provider(architecture: str, provider: str) -> str:
+    """The name with the distribution that wrote a file, so that another plugin's claim on the bare name means nothing.
+
+    What a notebook registered may have become a package since; but it is never what sae-core calls by that name.
+
+    >>> of_its_provider("topk", "sae-core"), of_its_provider("topk", "sae-rival")
+    ('topk', 'sae-rival:topk')
+    """
+    from sae_core.plugins import get_registry
+
+    if provider in ("", "sae-core"):
+        return architecture
+    if provider == "local":
+        claims = [c for c in get_registry().contributions("architecture") if c.spec.name == architecture]
+        if claims and all(claim.distribution not in ("local", "sae-core") for claim in claims):
+            return architecture
+    return f"{provider}:{architecture}"
 
 
 def said_here(architecture: str) -> str:

@@ -16,6 +16,7 @@ from sae_core.config import structure, unstructure
 from sae_core.errors import FormatError
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles, read_safetensors
 from sae_core.format.pair import read_pair, said_in_header
+from sae_core.format.sae_lens_names import of_its_provider
 from sae_core.format.tensors import plain_tensor
 from sae_core.plugins import get_registry
 
@@ -78,8 +79,7 @@ def load_training_form(
             f"{file}: it belongs to another save than {WEIGHTS_FILE} and {CONFIG_FILE}; remove it, or save again"
         )
     name, provider = str(said.get("architecture")), str(said.get("provider", ""))
-    known = name if provider in ("", "sae-core", "local") else f"{provider}:{name}"
-    sae_class = cast("type[Dictionary]", get_registry().resolve("architecture", known))
+    sae_class = cast("type[Dictionary]", get_registry().usable("architecture", of_its_provider(name, provider)))
     config = said.get("config")
     trained = sae_class(structure(cast("Mapping[str, Any]", config), sae_class.config_class, where=f"{file}: config"))
     tensors = {key: plain_tensor(tensor, key, str(file)) for key, tensor in read_safetensors(file).items()}

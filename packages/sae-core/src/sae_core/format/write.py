@@ -27,6 +27,7 @@ from sae_core.dictionary import Dictionary, Export, SAEConfig
 from sae_core.durable import sync_file, sync_folder
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
+from sae_core.format.exports import provider_of
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles
 from sae_core.format.pair import (
     header_digest,
@@ -44,7 +45,7 @@ from sae_core.format.sae_lens_names import to_sae_lens
 from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
-from sae_core.plugins import get_registry
+from sae_core.plugins.records import CORE
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
 
@@ -123,11 +124,10 @@ def _refuse_strangers(path: Path) -> None:
 
 def inference_config(sae: Dictionary, exported: Export) -> dict[str, Any]:
     """The content of cfg.json."""
-    architecture, cfg = to_sae_lens(exported.architecture, _inference_fields(exported.config))
-    if exported.architecture == sae.architecture:
-        provider = get_registry().provider_of("architecture", type(sae))
-    else:
-        provider = get_registry().find("architecture", exported.architecture)
+    provider = provider_of(exported, sae)
+    architecture, cfg = provider.spec.name, _inference_fields(exported.config)
+    if provider.distribution == CORE:
+        architecture, cfg = to_sae_lens(architecture, cfg)
     dtype = str(sae.dtype).removeprefix("torch.")
     metadata = {
         **sae.metadata,

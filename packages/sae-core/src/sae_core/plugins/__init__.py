@@ -19,6 +19,7 @@ from sae_core.plugins.specs import (
     LoggerSpec,
     MetricSpec,
     Spec,
+    WriterSpec,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PluginWarning",
     "Registry",
     "Spec",
+    "WriterSpec",
     "get_registry",
     "hookimpl",
     "list_plugins",

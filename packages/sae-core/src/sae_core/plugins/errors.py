@@ -21,10 +21,11 @@ OUR_EXTENSIONS: dict[str, dict[str, str]] = {
     "sae-loaders-gemmascope": {"loader": "gemma_2 gemma_2_transcoder gemma_3"},
     "sae-pretrained": {
         "catalogue": "public user",
-        "command": "convert pretrained",
+        "command": "pretrained",
         "loader": "connor_rob_hook_z crosscoder deepseek_r1 dictionary_learning_1 goodfire llama_scope "
         "llama_scope_r1_distill mntss_clt_layer_transcoder mwhanna_transcoder openai openmoss qwen_scope saev sparsify "
         "temporal",
+        "writer": "circuit_tracer dictionary_learning sparsify",
     },
     "sae-synthetic": {
         "architecture": "matryoshka_l1",
@@ -56,10 +57,13 @@ def plugin_trouble(plugin: PluginInfo) -> str:
     return f"plugin {plugin.qualified} {plugin.version} {what}: {plugin.reason}"
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str], plugins: Sequence[PluginInfo]) -> str:
-    """The message for a name that nobody provides."""
+def unknown_name(
+    kind: str, name: str, known: Sequence[str], plugins: Sequence[PluginInfo], qualified: Sequence[str] = ()
+) -> str:
+    """The message for a name that nobody provides; `known` are names to write, `qualified` those with their owners."""
     owner, colon, bare = name.rpartition(":")
-    lines = [f"unknown {kind} {name!r}{did_you_mean(name, known)}", f"known: {', '.join(known) or 'none'}"]
+    near = did_you_mean(name, qualified if colon else known)
+    lines = [f"unknown {kind} {name!r}{near}", f"known: {', '.join(known) or 'none'}"]
     names = bare.replace("-", "_")  # a command is typed with dashes
     for home in (
         [canonical(owner)] if colon else [d for d, gives in OUR_EXTENSIONS.items() if names in _all(gives, kind)]

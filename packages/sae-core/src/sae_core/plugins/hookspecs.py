@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LoaderSpec,
         LoggerSpec,
         MetricSpec,
+        WriterSpec,
     )
 
 __all__ = ["ENTRY_POINT_GROUP", "HOOKSPEC_VERSION", "PROJECT", "hookimpl", "hookspec", "new_manager"]
@@ -46,7 +47,8 @@ def new_manager() -> pluggy.PluginManager:
 
 @hookspec
 def sae_register_architectures(core_version: str) -> Iterable[ArchitectureSpec]:  # pyright: ignore[reportReturnType]
-    """Offer dictionary architectures.
+    """Dictionary architectures, for `create(name, ...)`, for `architecture:` in a run file, and for loading what was
+    saved with them. The target is a subclass of `sae_core.SAE` with a `config_class`.
 
     ```python
     from sae_core.plugins import ArchitectureSpec, hookimpl
@@ -60,7 +62,9 @@ def sae_register_architectures(core_version: str) -> Iterable[ArchitectureSpec]:
 
 @hookspec
 def sae_register_loaders(core_version: str) -> Iterable[LoaderSpec]:  # pyright: ignore[reportReturnType]
-    """Offer checkpoint formats that `SAE.load` and `SAE.from_pretrained` can read.
+    """Checkpoint formats that `SAE.load` and `SAE.from_pretrained` can read. The target satisfies
+    `sae_core.protocols.Loader` and is made without arguments. A loader reads files that are there; it downloads nothing
+    and guesses nothing.
 
     ```python
     from sae_core.plugins import LoaderSpec, hookimpl
@@ -73,8 +77,26 @@ def sae_register_loaders(core_version: str) -> Iterable[LoaderSpec]:  # pyright:
 
 
 @hookspec
+def sae_register_writers(core_version: str) -> Iterable[WriterSpec]:  # pyright: ignore[reportReturnType]
+    """Formats that `sae-core convert` can write. The target satisfies `sae_core.protocols.Writer` and is made without
+    arguments. A writer fills the folder that it is given, refuses with a `FormatError` what its format cannot express,
+    and approximates nothing. `sae_core.format.express` has what most need: refusals, and moving b_dec to where the
+    format wants it.
+
+    ```python
+    from sae_core.plugins import WriterSpec, hookimpl
+
+    @hookimpl
+    def sae_register_writers():
+        yield WriterSpec(name="theirs", target="sae_theirs.writer:TheirWriter", summary="What their tool reads")
+    ```
+    """
+
+
+@hookspec
 def sae_register_activation_sources(core_version: str) -> Iterable[ActivationSourceSpec]:  # pyright: ignore[reportReturnType]
-    """Offer sources of activations for ``sae-core train``.
+    """Where activations come from, for `source:` in a run file. The target satisfies
+    `sae_core.protocols.ActivationSource`, has a `config_class`, and takes one instance of it.
 
     ```python
     from sae_core.plugins import ActivationSourceSpec, hookimpl
@@ -88,7 +110,8 @@ def sae_register_activation_sources(core_version: str) -> Iterable[ActivationSou
 
 @hookspec
 def sae_register_catalogues(core_version: str) -> Iterable[CatalogueSpec]:  # pyright: ignore[reportReturnType]
-    """Offer lists of published SAEs for `SAE.from_pretrained`.
+    """Lists of published SAEs, for `SAE.from_pretrained`. The target satisfies `sae_core.protocols.Catalogue` and is
+    made without arguments.
 
     ```python
     from sae_core.plugins import CatalogueSpec, hookimpl
@@ -102,7 +125,7 @@ def sae_register_catalogues(core_version: str) -> Iterable[CatalogueSpec]:  # py
 
 @hookspec
 def sae_register_metrics(core_version: str) -> Iterable[MetricSpec]:  # pyright: ignore[reportReturnType]
-    """Offer streaming metrics for evaluation.
+    """Streaming metrics for evaluation. The target satisfies `sae_core.protocols.Metric` and is made without arguments.
 
     ```python
     from sae_core.plugins import MetricSpec, hookimpl
@@ -116,7 +139,8 @@ def sae_register_metrics(core_version: str) -> Iterable[MetricSpec]:  # pyright:
 
 @hookspec
 def sae_register_loggers(core_version: str) -> Iterable[LoggerSpec]:  # pyright: ignore[reportReturnType]
-    """Offer destinations for training records. A logger runs only when a run asks for it by name.
+    """Destinations for training records. A logger runs only when a run asks for it by name. The target satisfies
+    `sae_core.protocols.Logger`, has a `config_class`, and takes one instance of it.
 
     ```python
     from sae_core.plugins import LoggerSpec, hookimpl
@@ -130,7 +154,9 @@ def sae_register_loggers(core_version: str) -> Iterable[LoggerSpec]:  # pyright:
 
 @hookspec
 def sae_register_commands(core_version: str) -> Iterable[CommandSpec]:  # pyright: ignore[reportReturnType]
-    """Offer subcommands of ``sae-core``.
+    """Subcommands of `sae-core`. The target satisfies `sae_core.protocols.Command` and is made without arguments. A
+    dash in a command's name is written as an underscore. Only the command that runs is imported; heavy imports still
+    belong inside `run`, so that `--help` is quick.
 
     ```python
     from sae_core.plugins import CommandSpec, hookimpl

@@ -29,6 +29,7 @@ from sae_core.plugins.specs import (
     LoggerSpec,
     MetricSpec,
     Spec,
+    WriterSpec,
 )
 
 __all__ = ["HEAVY", "HOOKS", "KINDS", "IncompatibleError", "Tried", "try_plugin"]
@@ -36,6 +37,7 @@ __all__ = ["HEAVY", "HOOKS", "KINDS", "IncompatibleError", "Tried", "try_plugin"
 HOOKS: dict[str, type[Spec]] = {
     "sae_register_architectures": ArchitectureSpec,
     "sae_register_loaders": LoaderSpec,
+    "sae_register_writers": WriterSpec,
     "sae_register_activation_sources": ActivationSourceSpec,
     "sae_register_catalogues": CatalogueSpec,
     "sae_register_metrics": MetricSpec,
@@ -43,6 +45,8 @@ HOOKS: dict[str, type[Spec]] = {
     "sae_register_commands": CommandSpec,
 }
 """Each hook and the spec that it gives."""
+
+_PREFIX = "sae_register_"
 
 KINDS: tuple[str, ...] = tuple(spec.kind for spec in HOOKS.values())
 
@@ -106,9 +110,17 @@ def _check_hooks(plugin: object, quarantine: pluggy.PluginManager) -> None:
             continue
         hook = options.get("specname") or name
         if hook not in HOOKS and not options.get("optionalhook"):
-            raise PluginError(f"unknown hook {hook!r}{did_you_mean(hook, HOOKS)} (known: {', '.join(HOOKS)})")
+            raise PluginError(f"unknown hook {hook!r}{_near(hook)} (known: {', '.join(HOOKS)})")
         if options.get("wrapper") or options.get("hookwrapper"):
             raise PluginError(f"{name} is a hook wrapper; a plugin may only speak for itself")
+
+
+def _near(hook: str) -> str:
+    """A suggestion by what follows the prefix that all hooks share; with it every hook would resemble every other."""
+    kind = hook.removeprefix(_PREFIX)
+    short = {known.removeprefix(_PREFIX): known for known in HOOKS}
+    begins = [known for name, known in short.items() if len(kind) > 2 and name.startswith(kind.rstrip("s"))]
+    return f"; did you mean {begins[0]!r}?" if begins else did_you_mean(kind, short).replace("'", f"'{_PREFIX}", 1)
 
 
 def _call(quarantine: pluggy.PluginManager, hook: str, trace_as: str) -> Iterator[Spec]:

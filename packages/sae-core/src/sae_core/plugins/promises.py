@@ -12,6 +12,7 @@ __all__ = ["missing_of"]
 
 _PROTOCOLS = {
     "loader": "Loader",
+    "writer": "Writer",
     "source": "ActivationSource",
     "catalogue": "Catalogue",
     "metric": "Metric",

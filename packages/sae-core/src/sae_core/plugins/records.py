@@ -92,6 +92,11 @@ class Contribution:
         """``"distribution:name"``, which means this contribution whatever else is installed."""
         return f"{self.distribution}:{self.spec.name}"
 
+    @property
+    def lasting(self) -> str:
+        """The name to keep in files: it means this contribution whatever is installed later; ours need no owner."""
+        return self.spec.name if self.distribution == CORE else self.qualified
+
 
 def canonical(distribution: str) -> str:
     """The normalised name of a distribution (PyPA's rule): lower case with single dashes.

@@ -99,7 +99,8 @@ class Registry:
         elif claims and claims[0].distribution == CORE:
             claims = claims[:1]
         if not claims:
-            raise UnknownNameError(unknown_name(kind, name, self.names(kind), self.plugins()))
+            qualified = [contribution.qualified for contribution in self.contributions(kind)]
+            raise UnknownNameError(unknown_name(kind, name, self.names(kind), self.plugins(), qualified))
         if len(claims) > 1:
             raise UnknownNameError(ambiguous_name(kind, name, claims))
         return claims[0]

@@ -19,6 +19,7 @@ __all__ = [
     "LoggerSpec",
     "MetricSpec",
     "Spec",
+    "WriterSpec",
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -57,7 +58,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchitectureSpec(Spec):
-    """A dictionary architecture; `target` is a `sae_core.sae.BaseSAE` subclass with a `config_class`."""
+    """A dictionary architecture; `target` is a `sae_core.SAE` subclass with a `config_class`."""
 
     kind: ClassVar[str] = "architecture"
 
@@ -67,6 +68,13 @@ class LoaderSpec(Spec):
     """A checkpoint format; `target` satisfies `sae_core.protocols.Loader` and is constructed without arguments."""
 
     kind: ClassVar[str] = "loader"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriterSpec(Spec):
+    """A format to convert to; `target` satisfies `sae_core.protocols.Writer` and is constructed without arguments."""
+
+    kind: ClassVar[str] = "writer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

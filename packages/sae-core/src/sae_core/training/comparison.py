@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_core.config import unstructure
 from sae_core.format.write import write_atomically
+from sae_core.training.facts import named_architecture
 from sae_core.training.trainer import TrainResult
 
 __all__ = ["compared", "write_comparison"]
@@ -27,7 +28,7 @@ def compared(results: Mapping[str, TrainResult]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "architecture": result.sae.architecture,
+                "architecture": named_architecture(result.sae),
                 "config": unstructure(result.sae.config),
                 "samples": result.samples,
                 **{key: last.get(key) for key in _MEASURED},

@@ -14,11 +14,21 @@ from typing import Any, cast
 import torch
 
 from sae_core.config import unstructure
+from sae_core.errors import UnknownNameError
 from sae_core.protocols import ActivationSource, HasMetadata, HasTargets
 from sae_core.sae import SAE
 from sae_core.training.config import TrainConfig
 
-__all__ = ["MAY_CHANGE", "absolute_paths", "config_facts", "differences", "source_facts", "version_facts"]
+__all__ = [
+    "MAY_CHANGE",
+    "absolute_paths",
+    "claimed",
+    "config_facts",
+    "differences",
+    "named_architecture",
+    "source_facts",
+    "version_facts",
+]
 
 MAY_CHANGE = (
     "total_samples", "lr", "lr_warmup_samples", "lr_decay_samples", "grad_clip_norm", "log_every_steps",
@@ -48,6 +58,18 @@ def config_facts(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in unstructure(config).items() if name not in MAY_CHANGE}
 
 
+def named_architecture(sae: SAE) -> str:
+    """The name under which `sae`'s class is made again: with its distribution, unless it is sae-core's own or nobody's."""
+    from sae_core.plugins import get_registry
+
+    try:
+        return get_registry().provider_of("architecture", type(sae)).lasting
+    except UnknownNameError:
+        return (
+            sae.architecture
+        )  # of a class that nobody registered, which trains, but is refused when it is to be saved
+
+
 def version_facts(sae: SAE) -> dict[str, Any]:
     """The versions of the code that computes the numbers."""
     from sae_core import __version__
@@ -59,6 +81,19 @@ def version_facts(sae: SAE) -> dict[str, Any]:
         "torch": torch.__version__,
         "architecture": f"{provider.distribution} {provider.version}",
     }
+
+
+def claimed(state: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """A checkpoint's state as if `architecture` had written it, for packages that changed their name."""
+    from sae_core.plugins import get_registry
+
+    found = get_registry().find("architecture", architecture)
+    initial = {name: {**config, "architecture": found.lasting} for name, config in state["initial"].items()}
+    now = {"architecture": f"{found.distribution} {found.version}"}
+    said: Mapping[str, Any] = state["facts"]["versions"]
+    one = "architecture" in said  # else there are those of several, by name
+    versions = {**said, **now} if one else {name: {**each, **now} for name, each in said.items()}
+    return {**state, "initial": initial, "facts": {**state["facts"], "versions": versions}}
 
 
 def differences(saved: Any, now: Any, path: str) -> Iterator[str]:

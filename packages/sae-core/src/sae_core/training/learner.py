@@ -95,7 +95,7 @@ class Learner:
     @property
     def looks_ahead(self) -> bool:
         """Whether `initialise` wants to see the first samples."""
-        return not self.ready or self._wants_b_dec
+        return not self.ready or self._wants_b_dec or (self.sae.starts_from_data and self.steps == 0)
 
     @property
     def ready(self) -> bool:
@@ -363,11 +363,17 @@ def _error(result: StepResult) -> Tensor:
 
 @torch.no_grad()
 def _start_from(sae: SAE, batch: ActivationBatch, centre: Literal["zeros", "mean", "geometric_median"]) -> None:
-    """Fit the normalisations to a batch unless they are, and start biases in the middle of what is to be reconstructed."""
+    """Fit the normalisations to a batch unless they are, and start what an architecture wants to start from data: biases in
+    the middle of what is to be reconstructed.
+    """
     sae.fit_normalization(batch)
+    if centre == "zeros" and not sae.starts_from_data:
+        return
+    prepared = sae.prepare(batch.inputs)
+    y_RO = prepared.z if sae.reconstructs_input else sae.target_rows(prepared, batch.targets)
+    if sae.starts_from_data:
+        sae.start_from(prepared.z, y_RO)
     if centre != "zeros":
-        prepared = sae.prepare(batch.inputs)
-        y_RO = prepared.z if sae.reconstructs_input else sae.target_rows(prepared, batch.targets)
         sae.start_at(geometric_median(y_RO) if centre == "geometric_median" else y_RO.mean(0))
 
 

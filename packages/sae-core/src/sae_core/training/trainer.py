@@ -26,7 +26,7 @@ import torch
 from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, Stream, rows_of
 from sae_core.data.wiring import Wiring
-from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError
+from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError, UnknownNameError
 from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.plugins import PluginWarning
@@ -34,7 +34,14 @@ from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
 from sae_core.sae import SAE, create
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig, samples_of
-from sae_core.training.facts import config_facts, differences, source_facts, version_facts
+from sae_core.training.facts import (
+    claimed,
+    config_facts,
+    differences,
+    named_architecture,
+    source_facts,
+    version_facts,
+)
 from sae_core.training.health import health
 from sae_core.training.learner import DivergedError, Learner, Record
 from sae_core.training.row_blocks import StepResult
@@ -119,7 +126,7 @@ class Trainer:
         self.learners = {name: Learner(sae, configs[name], wirings[name]) for name, sae in named.items()}
         self.dropped: dict[str, str] = {}
         self._initial = {
-            name: {"architecture": sae.architecture, **unstructure(sae.config)} for name, sae in named.items()
+            name: {"architecture": named_architecture(sae), **unstructure(sae.config)} for name, sae in named.items()
         }
         require(
             checkpoints is not None or self._shared.checkpoint_every_samples is None,
@@ -303,12 +310,14 @@ class Trainer:
         *,
         checkpoints: str | Path | None = None,
         device: str | torch.device = "cpu",
+        architecture: str | None = None,
         force: bool = False,
     ) -> Trainer:
         """A trainer that goes on where the checkpoint `folder` was written, or the newest whole one inside it.
 
         In the second case further checkpoints go there too. `source` must be what it was, opened anew. `config` None is the
-        saved one; a new one may differ in `MAY_CHANGE`. Loggers that can be resumed continue where theirs stood. Raises
+        saved one; a new one may differ in `MAY_CHANGE`. Loggers that can be resumed continue where theirs stood.
+        `architecture` is what provides the dictionaries now, where the package that did so has another name. Raises
         ConfigError that names every difference that would change the numbers, unless `force`; FormatError for damaged
         checkpoints.
         """
@@ -321,10 +330,18 @@ class Trainer:
                 raise FormatError(f"{folder}: no checkpoint there")
             state, checkpoints = found.state, checkpoints or folder
         saved = {name: structure(c, TrainConfig, where="checkpoint") for name, c in state["configs"].items()}
-        saes = {
-            name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
-            for name, learner in state["learners"].items()
-        }
+        if architecture is not None:
+            state = claimed(state, architecture)
+        try:
+            saes = {
+                name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
+                for name, learner in state["learners"].items()
+            }
+        except UnknownNameError as error:
+            raise UnknownNameError(
+                f"{folder}: {error}\nif another package provides it now, say so: "
+                "Trainer.resume(..., architecture='distribution:name')"
+            ) from None
         one = saes[""] if list(saes) == [""] else saes
         trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints)
         trainer.load_state_dict(state, force=force)

@@ -82,7 +82,7 @@ class Eval:
         require(args.batch_prompts > 0, f"--batch-prompts must be positive, not {args.batch_prompts}")
         require(args.resamples >= 0, f"--resamples must not be negative, it is {args.resamples}")
         require(not (args.data and args.text), "--data and --text: choose one")
-        more_metrics: list[Any] = [get_registry().resolve("metric", name) for name in args.metrics]
+        more_metrics: list[Any] = [get_registry().usable("metric", name) for name in args.metrics]
         names = _names(args.paths)
         saes = {name: SAE.load(path, device=place(args.device)) for name, path in zip(names, args.paths, strict=True)}
         result, facts = (_on_activations if args.data else _in_the_model)(saes, args, more_metrics)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, ClassVar, final
 
-from sae_core.errors import ConfigError, did_you_mean
-
-from sae_pretrained.convert import FORMATS, convert
+from sae_core.errors import ConfigError
 
 __all__ = ["Convert"]
 
@@ -21,7 +19,7 @@ class Convert:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("path", metavar="PATH", help="a folder or file with an SAE, in any format that can be read")
-        parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+        parser.add_argument("--to", required=True, metavar="FORMAT", help="a format of `sae-core list writers`")
         parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which must be new")
         parser.add_argument("--format", help="PATH's format, if it is not to be recognised by the files")
         parser.add_argument("--dtype", help="precision to write, such as float32; PATH's by default")
@@ -36,11 +34,10 @@ class Convert:
     def run(self, args: argparse.Namespace) -> int:
         """Load, convert, and print what was written and what the format leaves out."""
         from sae_core import SAE
+        from sae_core.format.convert import convert
+        from sae_core.plugins import get_registry
 
-        if args.to not in FORMATS:
-            raise ConfigError(
-                f"cannot write format {args.to!r}{did_you_mean(args.to, FORMATS)} (known: {', '.join(FORMATS)})"
-            )
+        get_registry().find("writer", args.to)  # before a large file is read
         sae = SAE.load(args.path, format=args.format, dtype=args.dtype, overrides=_facts(args.fact) or None)
         notes = convert(sae, args.to, args.output)
         print(f"{args.output}: {sae.architecture}, {sae.d_sae} latents, {args.to}")
