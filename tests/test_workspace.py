@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,44 @@ def test_a_missing_name_of_ours_is_known_to_the_core() -> None:
 
 def test_the_template_lies_where_the_design_says() -> None:
     assert (ROOT / "templates" / "sae-plugin" / "cookiecutter.json").is_file()
+
+
+def test_commands_and_packages_that_messages_name_come_with_what_says_so() -> None:
+    """A message of a package may send its reader to a command of that package or of sae-core, and to extras that exist."""
+    commands: dict[str, str] = {}
+    for plugin in Registry(switches=Switches()).plugins():
+        for spec in plugin.provides:
+            if spec.kind == "command":
+                commands[spec.name.replace("_", "-")] = plugin.distribution
+    extras = {name: set(about.get("optional-dependencies", {})) for name, about in PROJECTS.items()}
+    wrong: list[str] = []
+    for name in PROJECTS:
+        for path in (ROOT / "packages" / name / "src").rglob("*.py"):
+            if "templates" in path.parts:
+                continue
+            for text in _spoken(path):
+                for command in re.findall(r"\bsae-core ([a-z][a-z-]+)", text):
+                    if command in commands and commands[command] not in (name, "sae-core"):
+                        wrong.append(f"{path.name}: sae-core {command}, which comes with {commands[command]}")
+                for package, extra in re.findall(r"\b(sae-[a-z-]+)\[([a-z-]+)\]", text):
+                    if extra not in extras.get(package, set()):
+                        wrong.append(f"{path.name}: {package}[{extra}]")
+                for package in re.findall(r"install '?(sae-[a-z-]+)", text):
+                    if package not in PROJECTS:
+                        wrong.append(f"{path.name}: {package}")
+    assert wrong == []
+
+
+def _spoken(path: Path) -> Iterator[str]:
+    """The strings of a module without its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            yield node.value

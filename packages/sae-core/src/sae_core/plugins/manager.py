@@ -32,7 +32,7 @@ from sae_core.plugins.specs import (
     WriterSpec,
 )
 
-__all__ = ["HEAVY", "HOOKS", "KINDS", "IncompatibleError", "Tried", "try_plugin"]
+__all__ = ["HEAVY", "HOOKS", "KINDS", "IncompatibleError", "Tried", "near_hook", "try_plugin"]
 
 HOOKS: dict[str, type[Spec]] = {
     "sae_register_architectures": ArchitectureSpec,
@@ -110,17 +110,19 @@ def _check_hooks(plugin: object, quarantine: pluggy.PluginManager) -> None:
             continue
         hook = options.get("specname") or name
         if hook not in HOOKS and not options.get("optionalhook"):
-            raise PluginError(f"unknown hook {hook!r}{_near(hook)} (known: {', '.join(HOOKS)})")
+            raise PluginError(f"unknown hook {hook!r}{near_hook(hook)} (known: {', '.join(HOOKS)})")
         if options.get("wrapper") or options.get("hookwrapper"):
             raise PluginError(f"{name} is a hook wrapper; a plugin may only speak for itself")
 
 
-def _near(hook: str) -> str:
+def near_hook(hook: str) -> str:
     """A suggestion by what follows the prefix that all hooks share; with it every hook would resemble every other."""
-    kind = hook.removeprefix(_PREFIX)
+    kind = hook.removeprefix("sae_").removeprefix("register_")
     short = {known.removeprefix(_PREFIX): known for known in HOOKS}
-    begins = [known for name, known in short.items() if len(kind) > 2 and name.startswith(kind.rstrip("s"))]
-    return f"; did you mean {begins[0]!r}?" if begins else did_you_mean(kind, short).replace("'", f"'{_PREFIX}", 1)
+    within = [known for name, known in short.items() if len(kind) > 3 and kind.removesuffix("s") in name]
+    if len(within) == 1:
+        return f"; did you mean {within[0]!r}?"
+    return did_you_mean(kind, short).replace("'", f"'{_PREFIX}", 1)
 
 
 def _call(quarantine: pluggy.PluginManager, hook: str, trace_as: str) -> Iterator[Spec]:
