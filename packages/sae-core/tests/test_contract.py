@@ -11,6 +11,7 @@ import pytest
 import torch
 from sae_core import SAE, TrainConfig, Trainer, create, hookimpl
 from sae_core.architectures.linear import LinearConfig, LinearSAE
+from sae_core.architectures.parts import times_norms, without_norms
 from sae_core.architectures.topk import TopKConfig
 from sae_core.codes import Codes
 from sae_core.config import option
@@ -80,6 +81,36 @@ def test_a_frame_that_does_not_promise_to_fold_is_refused_by_what_it_says_and_sa
     assert loaded.config.normalize_activations == "constant_scalar_rescale"
     torch.testing.assert_close(loaded(x), sae(x))
     torch.testing.assert_close(loaded.encode(x), sae.encode(x))
+
+
+def test_latents_in_units_of_norms_that_the_config_cannot_switch_off_are_not_folded_into_others(
+    registered: Any, tmp_path: Path
+) -> None:
+    """Folding the normalisation as well changes the norms, so that what is loaded would have other latents."""
+
+    class Lengths(Ramp):
+        """Reports lengths of contributions, always."""
+
+        architecture: ClassVar[str] = "lengths"
+        folds: ClassVar[bool] = True
+
+        def latent_norms(self) -> Tensor:
+            return self.decoder_norms()
+
+        def encode_rows(self, prepared: Prepared) -> Codes:
+            return times_norms(super().encode_rows(prepared), self.latent_norms())
+
+        def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
+            return super().decode_rows(without_norms(codes, self.latent_norms()), prepared)
+
+    registered(Lengths)
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    plain = create("lengths", d_in=6, d_sae=12).eval()
+    torch.testing.assert_close(SAE.load(plain.save(tmp_path / "plain")).encode(x), plain.encode(x))
+    scaled = create("lengths", d_in=6, d_sae=12, normalize_activations="expected_average_only_in").eval()
+    scaled.fit_normalization(3 * x)
+    with pytest.raises(ConfigError, match=r"lengths: .* set it in unit_norm_config"):
+        scaled.save(tmp_path / "scaled")
 
 
 def test_tensors_that_are_not_declared_or_not_as_declared_are_refused_when_the_sae_is_made() -> None:

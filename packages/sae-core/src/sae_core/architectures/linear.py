@@ -223,7 +223,10 @@ class LinearSAE(SAE[C], ABC):
         return [self.d_out] if self.config.decoder_norm == "joint" else list(self.writes.values())
 
     def latent_norms(self) -> Tensor | None:
-        """(d_sae,) decoder norms in units of which latents are ranked and reported, or None where they are h's own."""
+        """(d_sae,) decoder norms in units of which latents are ranked and reported, or None where they are h's own.
+
+        Saving folds them into the encoder, and `unit_norm_config` says so: made of its config, this is None.
+        """
         return None
 
     def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
@@ -313,7 +316,14 @@ class LinearSAE(SAE[C], ABC):
     def folded_config(self, config: Any) -> Any:
         """`config` when all that `exported_tensors` folds has been folded."""
         if self.latent_norms() is not None:
-            config = self.unit_norm_config(config)
+            unit = self.unit_norm_config(config)
+            if unit == config and self.normalization.folds:
+                raise ConfigError(
+                    f"{self.architecture}: latents are in units of decoder norms, which folding the normalisation changes, and "
+                    "the config does not say when norms have been folded; give it a field that latent_norms() heeds, and "
+                    "set it in unit_norm_config"
+                )
+            config = unit
         if self.normalization.folds:
             config = dataclasses.replace(config, normalize_activations="none", activation_normalization_factor=1.0)
         return config

@@ -1,0 +1,1 @@
+"""Decoder rows are mixtures of data points, for sae-core."""

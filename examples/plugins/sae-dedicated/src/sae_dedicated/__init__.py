@@ -1,0 +1,1 @@
+"""Crosscoder with latents that belong to one site alone, for sae-core."""
