@@ -61,6 +61,7 @@ class ArchetypalSAE(SAE[ArchetypalConfig]):
         **{name: Axis(0) for name in ("encoder", "b_enc", "mixture", "deviation")},
         **{name: Axis(None) for name in ("b_dec", "points")},
     }
+    points: Tensor
 
     def __init__(self, config: ArchetypalConfig) -> None:
         super().__init__(config)
