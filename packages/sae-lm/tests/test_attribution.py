@@ -10,10 +10,10 @@ from sae_core import create
 from sae_core.errors import ConfigError, DataError
 from sae_lm import spliced
 from sae_lm.attribution import attribute, integrated_gradients
-from sae_lm.enrichment import enrichment, enrichment_of_latents, matching_tokens, tokens_by_first_letter
 from sae_lm.hooks import capture, edited
 from sae_lm.latents import ablate, apply_edits
 from sae_lm.lens import Lens, direct_logit_attribution, directions, logit_lens
+from sae_lm.token_sets import enrichment, enrichment_of_latents, matching_tokens, tokens_by_first_letter
 
 TOKENS = torch.randint(3, 259, (2, 7), generator=torch.Generator().manual_seed(0))
 PLACE = "model.layers.1"

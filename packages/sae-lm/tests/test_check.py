@@ -10,7 +10,7 @@ import pytest
 import torch
 from sae_core import SAE, create
 from sae_core.errors import ConfigError, DataError
-from sae_lm.check import CheckError, check
+from sae_lm.checking import CheckError, check
 from torch import nn
 
 D = 24

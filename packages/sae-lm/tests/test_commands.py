@@ -186,7 +186,7 @@ def test_an_sae_of_tensor_files_is_evaluated_on_activations(tmp_path: Path, caps
 def test_centred_weights_of_training_are_honoured(tmp_path: Path, tokenizer: Any) -> None:
     """Such an SAE never saw a mean over features; put on activations as they are, it would explain next to nothing."""
     import torch
-    from sae_lm.evaluate import evaluate_saes
+    from sae_lm.evaluation import evaluate_saes
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
     from transformers import GPT2Config, GPT2LMHeadModel
 

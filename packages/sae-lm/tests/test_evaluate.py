@@ -14,10 +14,7 @@ from sae_core.codes import SparseCodes
 from sae_core.config import structure
 from sae_core.errors import DataError
 from sae_lm.baseline import RandomDictionary
-from sae_lm.evaluate import (
-    Calibration,
-    Candidate,
-    _Scores,  # pyright: ignore[reportPrivateUsage]
+from sae_lm.evaluation import (
     evaluate_activations,
     evaluate_candidates,
     evaluate_sae,
@@ -28,6 +25,7 @@ from sae_lm.hooks import capture, replaced
 from sae_lm.metrics import DEFINITIONS, METRICS_VERSION, intervals, values
 from sae_lm.places import Route
 from sae_lm.results import LATENT_FIELDS, SUMMARIES
+from sae_lm.scoring import Calibration, Candidate, Scores
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
 from sae_lm.tokens import TokenPolicy, Windows, WindowStream, resolve
 from safetensors import safe_open
@@ -213,7 +211,7 @@ def test_the_numbers_of_reconstruction_are_those_worked_by_hand() -> None:
     result = evaluate_activations(saes, lambda: [x[:3], x[3:]], baseline=False, saelens=True, resamples=0)
     assert set(result.candidates["sae"]) > {"explained_variance", "l1", "dead_fraction"}
 
-    scores = _Scores(
+    scores = Scores(
         Candidate(Route((), ()), lambda _: lambda _: (y, codes)), Calibration(x, x, x.double().mean(0)), [], True
     )
     scores.add(x, x, torch.arange(4), torch.tensor([0, 0, 1, 1]), (2, 2))

@@ -100,6 +100,21 @@ def test_a_model_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.Monk
         load("some/model", with_tokenizer=False, device="cpu")
 
 
+def test_a_quantised_model_is_left_where_it_is_and_as_it_is(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers marks what a quantiser has made, and such models refuse to be moved or cast."""
+    from transformers import LlamaForCausalLM
+
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise ValueError("`.to` is not supported for quantized models")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaForCausalLM, "to", refuse)
+        with pytest.raises(ValueError, match="not supported for quantized models"):
+            load(str(saved_model), device="cpu", with_tokenizer=False)
+        patched.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+        assert load(str(saved_model), device="cpu", with_tokenizer=False).model.is_quantized
+
+
 def test_options_reach_from_pretrained_and_a_placed_model_is_not_moved(
     saved_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

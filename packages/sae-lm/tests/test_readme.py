@@ -25,3 +25,12 @@ def test_the_readmes_example_runs(saved_model: Path, tmp_path: Path) -> None:
     assert lines[0].startswith("window 0: 128 tokens")
     assert [line.split()[0] for line in lines[-2:]] == ["sae", "random"]
     assert (tmp_path / "sae" / "cfg.json").is_file()
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    """A module that is imported takes its name in the package, and what went by that name before is gone."""
+    import pkgutil
+
+    import sae_lm
+
+    assert {module.name for module in pkgutil.iter_modules(sae_lm.__path__)} & set(sae_lm.__all__) == set()

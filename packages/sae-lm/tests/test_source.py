@@ -408,6 +408,27 @@ def test_impossible_settings_are_refused_before_the_model_runs(
         make_source(context_size=0)
 
 
+def test_a_model_in_int8_is_read_as_it_is(llama: Any, tokenizer: Any, text_file: Path) -> None:
+    import copy
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch points to a library of its own for this
+        model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(llama), {nn.Linear}, dtype=torch.qint8)
+    settings = {
+        "model": "int8", "hook": "model.layers.1", "context_size": 16, "batch_prompts": 4, "buffer_rows": 200,
+        "text": {"kind": "file", "path": str(text_file), "held_out": 0.1},
+    }  # fmt: skip
+    source = HuggingFaceSource(structure(settings, HuggingFaceSourceConfig), model=model, tokenizer=tokenizer)
+    windows = next(source.windows("train"))
+    with torch.no_grad():
+        reported = model(windows.tokens, output_hidden_states=True).hidden_states[2][windows.kept]
+        exact = llama(windows.tokens, output_hidden_states=True).hidden_states[2][windows.kept]
+    assert torch.equal(source.activations(windows), reported)
+    assert not torch.equal(reported, exact)
+    assert next(source.batches(8)).dtype == torch.float32  # what int8 modules hand on
+
+
 def roberta() -> Any:
     from transformers import RobertaConfig, RobertaModel
 

@@ -18,7 +18,7 @@ from sae_core.config import structure
 from sae_core.errors import ConfigError, FormatError
 from sae_lm.collect import BIN_EDGES, CoFiring, Kept, SnippetReader, Totals, hashed, peaks
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
-from sae_lm.study import StudyConfig, StudyFolder, study
+from sae_lm.studies import StudyConfig, StudyFolder, study
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from sae_core import create
 from sae_core.config import structure
 from sae_core.errors import ConfigError, MissingDependencyError
 from sae_lm import attach, spliced, steer
-from sae_lm.evaluate import evaluate_candidates
+from sae_lm.evaluation import evaluate_candidates
 from sae_lm.model import load
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
 

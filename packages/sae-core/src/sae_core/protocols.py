@@ -9,7 +9,7 @@ a frozen dataclass, and takes one instance of it as its first argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -35,6 +35,7 @@ __all__ = [
     "LoadedSAE",
     "Loader",
     "Logger",
+    "MeasuresHeldOut",
     "Metric",
     "Resumable",
     "Writer",
@@ -97,6 +98,19 @@ class HasMetadata(Protocol):
     def metadata(self) -> Mapping[str, Any]:
         """JSON-serialisable facts, stored under ``metadata`` in cfg.json."""
         ...
+
+
+@runtime_checkable
+class MeasuresHeldOut(Protocol):
+    """A source that can say what a dictionary in training is worth on data that it keeps back from training.
+
+    `held_out_class` is a frozen dataclass: what a run file may say of it under ``eval``. `held_out` gives a function from an
+    SAE to numbers by name. It may be called between any two steps; the SAE and what the source hands out stay as they are.
+    """
+
+    held_out_class: ClassVar[type[Any]]
+
+    def held_out(self, config: Any) -> Callable[[Any], Mapping[str, float]]: ...
 
 
 @runtime_checkable

@@ -35,7 +35,7 @@ from sae_core.errors import ConfigError, FormatError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.members import Member, members_of
 from sae_core.plugins import get_registry
-from sae_core.protocols import ActivationSource, Logger
+from sae_core.protocols import ActivationSource, Logger, MeasuresHeldOut
 from sae_core.run_folder import CHECKPOINTS, COMPARISON, INTERRUPTED, LOG, NEW, RUN_FILE, RunFolder, locked
 from sae_core.sae import SAE, as_device, create
 from sae_core.signals import first_signal
@@ -43,6 +43,7 @@ from sae_core.training.checkpoint import Checkpoints, Found
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import absolute_paths, named_architecture
+from sae_core.training.held_out import HeldOut
 from sae_core.training.loggers import JsonlConfig, JsonlLogger, NamedLogger
 from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
@@ -74,12 +75,25 @@ class RunConfig:
     loggers: list[dict[str, Any]] = option(
         default_factory=list, help="further loggers, each name: NAME and that logger's fields"
     )
+    eval: dict[str, Any] = option(
+        default_factory=dict,
+        help="every_samples: N, or a fraction of total_samples, and how the source is to measure: numbers on data held out "
+        "from training come into the log",
+    )
 
     def __post_init__(self) -> None:
         require(self.sae is not None or len(self.saes) > 0, "missing key 'sae' (or saes: a list of several)")
         members_of(self.sae, self.saes, self.grid, self.train, self.seed)
         for key, component in [("source", self.source), *(("loggers", logger) for logger in self.loggers)]:
             require("name" in component, f"{key}: missing key 'name'")
+        if self.eval:
+            every = self.eval.get("every_samples")
+            require(every is not None, "eval: missing key 'every_samples'")
+            good = isinstance(every, int | float) and not isinstance(every, bool) and every > 0
+            require(
+                good and (isinstance(every, int) or every < 1),
+                f"eval: every_samples is a number of samples, or a fraction of total_samples below 1, not {every!r}",
+            )
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -164,6 +178,7 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
         {name: member.train for name, member in members.items()},
         loggers=_loggers(run, folder, members),
         checkpoints=folder.work / CHECKPOINTS,
+        held_out=_held_out(run, source),
     )
     if found is not None:
         for message in found.damaged:
@@ -192,6 +207,19 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
             write_comparison(folder.work / COMPARISON, results)
         folder.end()
     return results
+
+
+def _held_out(run: RunConfig, source: ActivationSource) -> HeldOut | None:
+    """What the run file wants to be measured during training. Raises ConfigError where the source cannot."""
+    if not run.eval:
+        return None
+    settings = dict(run.eval)
+    every = cast("int | float", settings.pop("every_samples"))
+    if not isinstance(source, MeasuresHeldOut):
+        raise ConfigError(
+            f"eval: the source {run.source['name']!r} has nothing to measure on during training; leave out eval"
+        )
+    return HeldOut(source.held_out(structure(settings, source.held_out_class, where="eval")), every)
 
 
 def _loggers(run: RunConfig, folder: RunFolder, names: Iterable[str]) -> dict[str, list[Logger]]:

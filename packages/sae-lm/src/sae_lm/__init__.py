@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from sae_lm.baseline import RandomDictionary
     from sae_lm.cached import CachedActivations, CachedActivationsConfig
     from sae_lm.caching import write_cache
-    from sae_lm.check import CheckError, CheckReport, check
-    from sae_lm.enrichment import enrichment, enrichment_of_latents, matching_tokens, tokens_by_first_letter
-    from sae_lm.evaluate import evaluate, evaluate_activations, evaluate_candidates, evaluate_sae, evaluate_saes
+    from sae_lm.checking import CheckError, CheckReport, check
+    from sae_lm.evaluation import evaluate, evaluate_activations, evaluate_candidates, evaluate_sae, evaluate_saes
     from sae_lm.hooks import HookPoint, capture, edited, replaced
     from sae_lm.latents import Edit, ablate, clamp, keep_only, scale, steer
     from sae_lm.lens import DirectAttribution, Lens, LogitLens, direct_logit_attribution, directions, logit_lens
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
     from sae_lm.results import Evaluation
     from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
     from sae_lm.splicing import Attached, Splice, attach, spliced
-    from sae_lm.study import StudyConfig, StudyFolder
+    from sae_lm.studies import StudyConfig, StudyFolder, study
     from sae_lm.text import TextConfig, documents
+    from sae_lm.token_sets import enrichment, enrichment_of_latents, matching_tokens, tokens_by_first_letter
     from sae_lm.tokens import TokenPolicy, WindowStream, preview, resolve
 
 __version__ = "0.1.0"
@@ -80,6 +80,7 @@ __all__ = [
     "scale",
     "spliced",
     "steer",
+    "study",
     "tokens_by_first_letter",
     "write_cache",
 ]
@@ -89,8 +90,8 @@ _HOMES = {
     "Attribution": "sae_lm.attribution",
     "CachedActivations": "sae_lm.cached",
     "CachedActivationsConfig": "sae_lm.cached",
-    "CheckError": "sae_lm.check",
-    "CheckReport": "sae_lm.check",
+    "CheckError": "sae_lm.checking",
+    "CheckReport": "sae_lm.checking",
     "DirectAttribution": "sae_lm.lens",
     "Edit": "sae_lm.latents",
     "Evaluation": "sae_lm.results",
@@ -101,8 +102,8 @@ _HOMES = {
     "LogitLens": "sae_lm.lens",
     "RandomDictionary": "sae_lm.baseline",
     "Splice": "sae_lm.splicing",
-    "StudyConfig": "sae_lm.study",
-    "StudyFolder": "sae_lm.study",
+    "StudyConfig": "sae_lm.studies",
+    "StudyFolder": "sae_lm.studies",
     "TextConfig": "sae_lm.text",
     "TokenPolicy": "sae_lm.tokens",
     "WindowStream": "sae_lm.tokens",
@@ -110,23 +111,23 @@ _HOMES = {
     "attach": "sae_lm.splicing",
     "attribute": "sae_lm.attribution",
     "capture": "sae_lm.hooks",
-    "check": "sae_lm.check",
+    "check": "sae_lm.checking",
     "clamp": "sae_lm.latents",
     "direct_logit_attribution": "sae_lm.lens",
     "directions": "sae_lm.lens",
     "documents": "sae_lm.text",
     "edited": "sae_lm.hooks",
-    "enrichment": "sae_lm.enrichment",
-    "enrichment_of_latents": "sae_lm.enrichment",
-    "evaluate": "sae_lm.evaluate",
-    "evaluate_activations": "sae_lm.evaluate",
-    "evaluate_candidates": "sae_lm.evaluate",
-    "evaluate_sae": "sae_lm.evaluate",
-    "evaluate_saes": "sae_lm.evaluate",
+    "enrichment": "sae_lm.token_sets",
+    "enrichment_of_latents": "sae_lm.token_sets",
+    "evaluate": "sae_lm.evaluation",
+    "evaluate_activations": "sae_lm.evaluation",
+    "evaluate_candidates": "sae_lm.evaluation",
+    "evaluate_sae": "sae_lm.evaluation",
+    "evaluate_saes": "sae_lm.evaluation",
     "integrated_gradients": "sae_lm.attribution",
     "keep_only": "sae_lm.latents",
     "logit_lens": "sae_lm.lens",
-    "matching_tokens": "sae_lm.enrichment",
+    "matching_tokens": "sae_lm.token_sets",
     "pretokenize": "sae_lm.pretokenized",
     "preview": "sae_lm.tokens",
     "replaced": "sae_lm.hooks",
@@ -134,7 +135,8 @@ _HOMES = {
     "scale": "sae_lm.latents",
     "spliced": "sae_lm.splicing",
     "steer": "sae_lm.latents",
-    "tokens_by_first_letter": "sae_lm.enrichment",
+    "study": "sae_lm.studies",
+    "tokens_by_first_letter": "sae_lm.token_sets",
     "write_cache": "sae_lm.caching",
 }
 

@@ -16,6 +16,11 @@ def sae_register_activation_sources() -> Iterator[ActivationSourceSpec]:
         summary="Activations of any Hugging Face model, by module path",
     )
     yield ActivationSourceSpec(
+        name="huggingface_columns",
+        target="sae_lm.columns:HuggingFaceColumns",
+        summary="Activations of models of pictures, sound and other data in columns",
+    )
+    yield ActivationSourceSpec(
         name="activation_cache",
         target="sae_lm.cached:CachedActivations",
         summary="Activations from a cache on disk",

@@ -7,7 +7,7 @@ wrote, folders of Arrow files with a column a hook point, are read the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast, final
 
 import torch
+from sae_core import SAE
 from sae_core.config import option, require, structure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, FormatError, did_you_mean
@@ -25,7 +26,7 @@ from sae_lm.caching import CACHE_FILE, read_cache
 from sae_lm.inputs import explaining_memory
 from sae_lm.model import place
 from sae_lm.shards import check_hash
-from sae_lm.source import HuggingFaceSourceConfig, pick
+from sae_lm.source import HeldOutConfig, HuggingFaceSource, HuggingFaceSourceConfig, pick
 
 __all__ = ["CachedActivations", "CachedActivationsConfig"]
 
@@ -94,6 +95,7 @@ class CachedActivations:
     """
 
     config_class: ClassVar[type[CachedActivationsConfig]] = CachedActivationsConfig
+    held_out_class: ClassVar[type[HeldOutConfig]] = HeldOutConfig
 
     def __init__(self, config: CachedActivationsConfig) -> None:
         self.config = config
@@ -203,6 +205,15 @@ class CachedActivations:
         if self.config.activation_dtype != "stored":
             joined = joined.to(getattr(torch, self.config.activation_dtype))
         return joined.flatten(1)
+
+    def held_out(self, config: HeldOutConfig) -> Callable[[SAE[Any]], Mapping[str, float]]:
+        """As `HuggingFaceSource.held_out`: the model that was cached is loaded for it, and text held out from the cached one.
+
+        Raises ConfigError for a cache that does not say which model and text it is of.
+        """
+        from sae_lm.held_out import held_out
+
+        return held_out(HuggingFaceSource.from_metadata(self.metadata()), config)
 
     def metadata(self) -> dict[str, Any]:
         """What the activations are, as the source said whose activations were cached; for the places that are read."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_lm.hooks import HookPoint
 from sae_lm.tokens import Windows
 
-__all__ = ["evaluating", "explaining_memory", "flatten_positions", "model_inputs", "positions_of"]
+__all__ = ["evaluating", "explaining_memory", "flatten_positions", "model_inputs", "positions_of", "to_device"]
 
 
 def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -34,12 +34,12 @@ def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tu
     if vocabulary is not None and largest >= vocabulary:  # on a GPU it would end the process
         raise DataError(f"text: token id {largest}, but the model knows {vocabulary} tokens")
     parameters = inspect.signature(model.forward).parameters
-    tokens_RC = windows.tokens.to(device, non_blocking=True)
+    tokens_RC = to_device(windows.tokens, device)
     kwargs: dict[str, Any] = {}
     if "use_cache" in parameters:
         kwargs["use_cache"] = False
     if "attention_mask" in parameters and not bool(windows.attended.all()):
-        kwargs["attention_mask"] = windows.attended.to(device, torch.long, non_blocking=True)
+        kwargs["attention_mask"] = to_device(windows.attended.long(), device)
     if "decoder_input_ids" in parameters:
         kwargs["decoder_input_ids"] = tokens_RC
         if "attention_mask" in kwargs and "decoder_attention_mask" in parameters:
@@ -47,6 +47,13 @@ def model_inputs(model: nn.Module, windows: Windows, device: torch.device) -> tu
     if "input_ids" in parameters:
         return (), {"input_ids": tokens_RC, **kwargs}
     return (tokens_RC,), kwargs  # a model that is not transformers's: whatever its first argument is called
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. To a GPU it goes by way of pinned memory, so that the copy waits for nothing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def flatten_positions(activation: Tensor, tokens_RC: Tensor, point: HookPoint, head: int | None = None) -> Tensor:

@@ -16,8 +16,8 @@ from sae_core.config import require, structure
 from sae_core.errors import ConfigError
 from sae_core.yaml_text import set_by_override
 
-from sae_lm.model import load
-from sae_lm.places import route_of, says_place
+from sae_lm.model import LanguageModel, load
+from sae_lm.places import Route, route_of, says_place
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
 from sae_lm.text import Part
 
@@ -35,18 +35,20 @@ def source_of(
     text: str | None = None,
     device: str = "auto",
     command: str = "eval",
+    two_models: bool = False,
 ) -> tuple[HuggingFaceSource, dict[str, str], Part]:
     """A source for SAEs of one model, the place of each, and which part of the text nobody trained on.
 
     `overrides` change settings, ``key=value``; `hook` is the place if it is among them; `text` is a file to read all of
-    instead. Raises ConfigError when the SAEs do not say on what they were trained, or were trained on different models.
+    instead. With `two_models`, dictionaries that read a second model are allowed. Raises ConfigError when the SAEs do not say
+    on what they were trained, or were trained on different models.
     """
     settings: dict[str, Any] = {}
     differing: set[str] = set()
     for sae in saes.values():
         known = known_settings(sae.metadata)
         if settings:
-            differing |= {key for key in ("model", "revision", "model_class", "context_size", "tokens")
+            differing |= {key for key in ("model", "revision", "second_model", "model_class", "context_size", "tokens")
                           if known.get(key) != settings.get(key)}  # fmt: skip
         settings = settings or known
     changed = {text_.partition("=")[0].partition(".")[0] for text_ in overrides}
@@ -62,6 +64,10 @@ def source_of(
         settings["text"] = {"kind": "file", "path": str(Path(text))}
     trained_by_us = all("source" in _ours(sae.metadata) for sae in saes.values())
     part: Part = "held_out" if trained_by_us and text is None else "all"
+    of_columns = [name for name, sae in saes.items() if "columns" in _ours(sae.metadata)]
+    require(
+        not of_columns, f"{command}: {', '.join(of_columns)} was trained on columns of a data set; this is for text"
+    )
     missing = [] if "model" in settings else ["model"]
     if hook is None and not {"hook", "reads"} & set(settings) and not all(says_place(sae) for sae in saes.values()):
         missing.insert(0, "hook")
@@ -73,30 +79,34 @@ def source_of(
     named = {} if {"hook", "reads"} & set(settings) else {"hook": "unknown"}
     config = structure({**settings, **named}, HuggingFaceSourceConfig, where=command)
     require(
-        config.second_model is None,
-        f"{command}: the SAE reads a second model; only dictionaries of one model can be put back into it",
-    )
-    require(
         part == "all" or config.text.held_out > 0,
         f"{command}: no text was held out in training (text.held_out is 0); give other text with --text FILE",
     )
-    found = load(
-        config.model,
-        revision=config.revision,
-        model_class=config.model_class,
-        dtype=config.dtype,
-        device=config.device,
-        tokenizer=config.tokenizer,
-        options=config.model_options,
-    )
-    places: dict[str, str] = {}
+    found = _loaded(config, config.model, config.revision)
+    second = None
+    if config.second_model is not None:
+        require(
+            two_models,
+            f"{command}: the SAE reads two models ({config.model} and {config.second_model}); this is done in one",
+        )
+        second = _loaded(config, config.second_model, config.second_revision).model
+    routes: dict[str, Route] = {}
     for name, sae in saes.items():
         own = hook or (None if says_place(sae) else ", ".join(site.name for site in config.read_sites))
-        places[name] = str(route_of(sae, found.model, own))
-    first = next(iter(places.values())).partition("->")[0].partition(",")[0].strip()
-    kept = {key: value for key, value in settings.items() if key not in ("reads", "writes", "head")}
-    config = structure({**kept, "hook": first}, HuggingFaceSourceConfig, where=command)
-    return HuggingFaceSource(config, model=found.model, tokenizer=found.tokenizer), places, part
+        routes[name] = route_of(sae, found.model, own, second_model=second)
+    names = list(dict.fromkeys(place.name for route in routes.values() for place in route.reads))
+    kept = {key: value for key, value in settings.items() if key not in ("hook", "reads", "writes", "head")}
+    reads = {"hook": names[0]} if second is None else {"reads": names}
+    config = structure({**kept, **reads}, HuggingFaceSourceConfig, where=command)
+    source = HuggingFaceSource(config, model=found.model, tokenizer=found.tokenizer, second_model=second)
+    return source, {name: str(route) for name, route in routes.items()}, part
+
+
+def _loaded(config: HuggingFaceSourceConfig, name: str, revision: str | None) -> LanguageModel:
+    return load(
+        name, revision=revision, model_class=config.model_class, dtype=config.dtype, device=config.device,
+        tokenizer=config.tokenizer, with_tokenizer=name == config.model, options=config.model_options,
+    )  # fmt: skip
 
 
 def known_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,15 @@ it is, and what lies between the activation there and what the dictionary was tr
 are joined, or a mean over features that the training model's prepared weights did not have.
 
 Written out, a route is a hook point, several with commas, and behind an arrow where a dictionary writes elsewhere:
-``model.layers.9``; ``model.layers.3, model.layers.9``; ``model.layers.9.mlp:input -> model.layers.9.mlp``.
+``model.layers.9``; ``model.layers.3, model.layers.9``; ``model.layers.9.mlp:input -> model.layers.9.mlp``. A place in a second
+model has ``second/`` before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast, final
+from typing import Any, TypeAlias, cast, final
 
 from sae_core import SAE
 from sae_core.config import require
@@ -24,7 +25,10 @@ from sae_lm.hooks import HookPoint, find_module
 from sae_lm.model import is_transformer_lens
 from sae_lm.names import module_path
 
-__all__ = ["Place", "Route", "preparation", "route_of", "says_place", "widths_of"]
+__all__ = ["SECOND", "Place", "Route", "preparation", "route_of", "says_place", "widths_of"]
+
+SECOND = "second/"
+"""Before the name of a place: in the second model."""
 
 # What TransformerLens's preparations of weights do to activations. Those of which nothing reaches a hook point need nothing.
 _HARMLESS = frozenset(
@@ -50,13 +54,19 @@ class Place:
     """A hook point, and how an activation there becomes the rows that a dictionary was trained on.
 
     `width` is that of the rows. `head` picks one of several heads, (…, heads, width); with None they are joined. `centred`:
-    the mean over features is taken away, and put back when the activation is replaced.
+    the mean over features is taken away, and put back when the activation is replaced. `second`: in the second model.
     """
 
     point: HookPoint
     width: int
     head: int | None = None
     centred: bool = False
+    second: bool = False
+
+    @property
+    def name(self) -> str:
+        """The hook point, and before it in which model if that is the second one."""
+        return f"{SECOND if self.second else ''}{self.point}"
 
     def read(self, activation: Tensor) -> Tensor:
         """(…, width) rows of an activation. Raises DataError when the activation has another width."""
@@ -107,8 +117,8 @@ class Route:
         return self.reads == self.writes
 
     def __str__(self) -> str:
-        reads = ", ".join(str(place.point) for place in self.reads)
-        return reads if self.in_place else f"{reads} -> {', '.join(str(place.point) for place in self.writes)}"
+        reads = ", ".join(place.name for place in self.reads)
+        return reads if self.in_place else f"{reads} -> {', '.join(place.name for place in self.writes)}"
 
 
 def widths_of(sae: SAE[Any]) -> tuple[Mapping[str, int], Mapping[str, int]]:
@@ -122,40 +132,42 @@ def says_place(sae: SAE[Any]) -> bool:
     return "" not in reads or any(isinstance(sae.metadata.get(key), str) for key in ("hook_name", "hf_hook_name"))
 
 
-def route_of(sae: SAE[Any], model: nn.Module, at: str | None = None) -> Route:
-    """Where `sae` belongs in `model`: where `at` says, or else where its metadata do.
+def route_of(sae: SAE[Any], model: nn.Module, at: str | None = None, *, second_model: nn.Module | None = None) -> Route:
+    """Where `sae` belongs in `model`, and in `second_model`: where `at` says, or else where its metadata do.
 
     Raises ConfigError when neither says, when the model has no such place, or when the model was prepared for the SAE in a
     way that cannot be imitated here.
     """
     reads, writes = widths_of(sae)
+    models = _Models(model, second_model)
     if at is not None:
         before, arrow, after = at.partition("->")
-        read = _points(before, model, at)
-        written = _points(after, model, at) if arrow else read
+        read = _points(before, models, at)
+        written = _points(after, models, at) if arrow else read
         require(
             bool(arrow) or sae.reconstructs_input,
             f"splice at {at!r}: this dictionary writes elsewhere than it reads; say where: '{at} -> PLACE'",
         )
     else:
-        read = _from_metadata(sae, model, list(reads), "")
-        written = read if sae.reconstructs_input else _from_metadata(sae, model, list(writes), "_out")
+        read = _from_metadata(sae, models, list(reads), "")
+        written = read if sae.reconstructs_input else _from_metadata(sae, models, list(writes), "_out")
     for count, points, what in ((len(reads), read, "reads"), (len(writes), written, "writes")):
         require(
             count == len(points),
-            f"splice: the dictionary {what} {count} place(s), but {len(points)} are named: {', '.join(map(str, points))}",
+            f"splice: the dictionary {what} {count} place(s), but {len(points)} are named: "
+            f"{', '.join(str(point) for _, point in points)}",
         )
     prepared = preparation(sae.metadata, model)
     head = sae.metadata.get("hook_head_index")
     head_out = head if sae.reconstructs_input else sae.metadata.get("hook_head_index_out")
 
-    def places(points: list[HookPoint], widths: Mapping[str, int], head: Any, name: Any) -> tuple[Place, ...]:
+    def places(points: list[_Spot], widths: Mapping[str, int], head: Any, name: Any) -> tuple[Place, ...]:
         own = head if isinstance(head, int) else None
         centred = prepared and _last(name) in _WRITTEN
         # A model that has the hook under the very name it had in training was made as that one was.
         return tuple(
-            Place(point=point, width=width, head=own, centred=centred and str(point) != name)
-            for point, width in zip(points, widths.values(), strict=True)
+            Place(point=point, width=width, head=own, centred=centred and str(point) != name, second=second)
+            for (second, point), width in zip(points, widths.values(), strict=True)
         )
 
     inputs = places(read, reads, head, sae.metadata.get("hook_name"))
@@ -192,20 +204,44 @@ def _last(name: Any) -> str:
     return name.rpartition(".")[2] if isinstance(name, str) else ""
 
 
-def _points(text: str, model: nn.Module, whole: str) -> list[HookPoint]:
+_Spot: TypeAlias = tuple[bool, HookPoint]
+"""Whether it is in the second model, and where there."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Models:
+    """The model, and the second one if there is one."""
+
+    first: nn.Module
+    second: nn.Module | None
+
+    def of(self, name: str) -> tuple[bool, nn.Module, str]:
+        """Which model a place is in, and its name there. Raises ConfigError for the second one where there is none."""
+        if not name.startswith(SECOND):
+            return False, self.first, name
+        if self.second is None:
+            raise ConfigError(
+                f"{name} is a place in a second model, and here there is only one: {type(self.first).__name__}"
+            )
+        return True, self.second, name.removeprefix(SECOND)
+
+
+def _points(text: str, models: _Models, whole: str) -> list[_Spot]:
     names = [name.strip() for name in text.split(",")]
     require(all(names), f"splice at {whole!r}: write PLACE, or PLACE -> PLACE; several places with commas")
-    found: list[HookPoint] = []
-    for name in names:
+    found: list[_Spot] = []
+    for full in names:
+        second, model, name = models.of(full)
         point = HookPoint.parse(name)
         translated = None if _has(model, point.module) else _translated(name, model)
         if translated is None:
             find_module(model, point.module)  # raises, and says what is near
-        found.append(translated or point)
+        found.append((second, translated or point))
     return found
 
 
-def _from_metadata(sae: SAE[Any], model: nn.Module, sites: list[str], end: str) -> list[HookPoint]:
+def _from_metadata(sae: SAE[Any], models: _Models, sites: list[str], end: str) -> list[_Spot]:
     named = [sites] if sites != [""] else [[name] for name in _named(sae.metadata, end)]
     if not named:
         argument = f"hook_name{end}"
@@ -213,17 +249,15 @@ def _from_metadata(sae: SAE[Any], model: nn.Module, sites: list[str], end: str) 
             f"the SAE's metadata name no hook point (no {argument}); say where it belongs: 'path.of.a.module[:input]'"
             + (" -> 'another'" if end else "")
         )
-    for names in named:
-        points = [_inside(name, model) for name in names]
-        if all(point is not None for point in points):
-            return [point for point in points if point is not None]
-    if not isinstance(sae.metadata.get(f"hf_hook_name{end}"), str):
+    translate = not isinstance(sae.metadata.get(f"hf_hook_name{end}"), str)
+    for find in (_inside, _translated) if translate else (_inside,):
         for names in named:
-            points = [_translated(name, model) for name in names]
-            if all(point is not None for point in points):
-                return [point for point in points if point is not None]
+            spots = [(second, find(name, model)) for second, model, name in map(models.of, names)]
+            if all(point is not None for _, point in spots):
+                return [(second, point) for second, point in spots if point is not None]
     tried = " or ".join(", ".join(names) for names in named)
-    missing = HookPoint.parse(named[-1][0]).module
+    _, model, name = models.of(named[-1][0])
+    missing = HookPoint.parse(name).module
     raise ConfigError(
         f"{type(model).__name__} has no module {tried}{did_you_mean(missing, [n for n, _ in model.named_modules()])}"
     )

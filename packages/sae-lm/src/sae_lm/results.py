@@ -230,6 +230,9 @@ td small { display: block; } svg rect { fill: #3d6fb6; } svg text { font-size: 1
 
 def _page(result: Evaluation, facts: Mapping[str, Any]) -> str:
     known = {d.name: (d.label, d.text, d.form) for d in DEFINITIONS} | dict(SUMMARIES)
+    known |= {
+        f"second.{d.name}": (f"{d.label}, second model", d.text, d.form) for d in DEFINITIONS if d.group == "model"
+    }
     names = list(dict.fromkeys(name for metrics in result.candidates.values() for name in metrics))
     shown = [name for name in known if name in names] + [name for name in names if name not in known]
     rows: list[str] = []

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
+from sae_core import SAE
 from sae_core.config import option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError
@@ -33,19 +35,25 @@ from torch import Tensor, nn
 
 from sae_lm.batches import Batches, Chunk, Passes, check_buffer
 from sae_lm.hooks import HookPoint, capture, find_module
-from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of
+from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of, to_device
 from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place
 from sae_lm.names import transformer_lens_name
+from sae_lm.places import SECOND
 from sae_lm.pretokenized import check_policy
 from sae_lm.text import Part, TextConfig, documents, require_held_out
 from sae_lm.tokens import TokenPolicy, TokenRules, Windows, WindowStream, preview, resolve
 
-__all__ = ["HuggingFaceSource", "HuggingFaceSourceConfig", "Site", "columns_of", "pick", "side_by_side"]
+__all__ = [
+    "HeldOutConfig",
+    "HuggingFaceSource",
+    "HuggingFaceSourceConfig",
+    "Site",
+    "columns_of",
+    "pick",
+    "side_by_side",
+]
 
 log = logging.getLogger(__name__)
-
-SECOND = "second/"
-"""Before a hook: in the second model."""
 
 
 @final
@@ -185,6 +193,18 @@ class HuggingFaceSourceConfig:
         return [Site.parse(text) for text in self.writes]
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """How much held-out text dictionaries are measured on during training."""
+
+    tokens: int = option(default=4_096, help="positions to measure on, about")
+    batch_prompts: int = option(default=8, help="windows that run through the model at once")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_prompts"):
+            require(getattr(self, name) > 0, f"eval: {name} must be positive, not {getattr(self, name)}")
+
+
 @final
 class HuggingFaceSource:
     """Activations of places in a model, shuffled.
@@ -200,6 +220,7 @@ class HuggingFaceSource:
     """
 
     config_class: ClassVar[type[HuggingFaceSourceConfig]] = HuggingFaceSourceConfig
+    held_out_class: ClassVar[type[HeldOutConfig]] = HeldOutConfig
 
     def __init__(
         self,
@@ -213,6 +234,8 @@ class HuggingFaceSource:
         self.point = config.read_sites[0].point
         self._given = (model, tokenizer)
         self._given_second = second_model
+        self.model_in_use = threading.RLock()
+        """Held while a model runs: what is read ahead by a thread must not meet the hooks of an evaluation."""
         # What is stored of a position: what is read, then what is only written, side by side.
         self._stored = list(dict.fromkeys([*config.read_sites, *config.write_sites]))
 
@@ -350,9 +373,12 @@ class HuggingFaceSource:
         """(windows * positions, width) activations of every position at every place, from one pass of each model."""
         config = self.config
         found: dict[str, Tensor] = {}
-        with explaining_memory(
-            f"{len(windows)} windows of {windows.tokens.shape[1]} tokens",
-            "batch_prompts, context_size or the model's dtype",
+        with (
+            self.model_in_use,
+            explaining_memory(
+                f"{len(windows)} windows of {windows.tokens.shape[1]} tokens",
+                "batch_prompts, context_size or the model's dtype",
+            ),
         ):
             for second in (False, True):
                 sites = [site for site in self._stored if site.second == second]
@@ -388,7 +414,7 @@ class HuggingFaceSource:
         for site in self._stored:
             rows = captured[site.name]
             if chosen.numel() < windows.tokens.numel():
-                rows = rows[chosen.flatten().to(rows.device, non_blocking=True)]
+                rows = rows[to_device(chosen.flatten(), rows.device)]
             if self.config.activation_dtype != "model":
                 rows = rows.to(getattr(torch, self.config.activation_dtype))
             found[site.name] = rows.reshape(*chosen.shape, rows.shape[1:].numel())
@@ -461,6 +487,15 @@ class HuggingFaceSource:
             if self.config.buffer_device != "model":
                 rows = rows.to(place(self.config.buffer_device))
             yield rows, stream.mark().state_dict
+
+    def held_out(self, config: HeldOutConfig) -> Callable[[SAE[Any]], Mapping[str, float]]:
+        """A function that says what a dictionary in training does to the model's predictions on held-out text.
+
+        Raises DataError when no text is held out.
+        """
+        from sae_lm.held_out import held_out
+
+        return held_out(self, config)
 
     def metadata(self) -> dict[str, Any]:
         """What the activations are: keys that SAELens uses too, and under ``sae_lm`` all that evaluation needs."""

@@ -24,13 +24,26 @@ from sae_lm.pretokenized import windows_of
 from sae_lm.reading import Document, FileFormat, Rows, content_of, file_format, find_files, read_file
 from sae_lm.stdlib_text import stdlib_docstrings
 
-__all__ = ["Part", "TextConfig", "documents", "is_held_out", "require_held_out"]
+__all__ = ["DatasetConfig", "Part", "TextConfig", "documents", "is_held_out", "open_dataset", "require_held_out"]
 
 log = logging.getLogger(__name__)
 
 Part = Literal["train", "held_out", "all"]
 
 _DATASET_ONLY = ("name", "split", "streaming", "revision", "data_files", "data_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """A data set of the datasets library."""
+
+    path: str = option(help="the data set's Hub name, or a folder that save_to_disk wrote")
+    name: str | None = option(default=None, help="the data set's configuration")
+    split: str | None = option(default=None, help="the data set's split; train if not given")
+    streaming: bool = option(default=False, help="read the data set over the network as it is needed")
+    revision: str | None = option(default=None, help="branch, tag or commit of a Hub data set")
+    data_files: tuple[str, ...] = option(default=(), help="files of the data set to read, by name or pattern")
+    data_dir: str | None = option(default=None, help="folder inside the data set to read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +223,8 @@ def _from_files(config: TextConfig, rows: Rows) -> Iterator[Document]:
 
 
 def _from_dataset(config: TextConfig, rows: Rows) -> Iterator[Document]:
-    data = _open_dataset(config)
+    fields = {field: getattr(config, field) for field in DatasetConfig.__dataclass_fields__}
+    data = open_dataset(DatasetConfig(**fields), "text")
     where = f"data set {config.path!r}"
     # Rows as plain Python values, whatever form the data set was saved in, and only the columns that are read.
     data = data.with_format(None)
@@ -219,18 +233,22 @@ def _from_dataset(config: TextConfig, rows: Rows) -> Iterator[Document]:
     return rows.documents((row, f"{where} row {number}") for number, row in enumerate(data))
 
 
-def _open_dataset(config: TextConfig) -> Any:
+def open_dataset(config: DatasetConfig, key: str) -> Any:
+    """The data set that a config names under `key`.
+
+    Raises DataError when it cannot be opened, ConfigError for settings that do not apply to it.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
-    path = cast("str", config.path)
+    path = config.path
     folder = Path(path).expanduser()
     is_saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if is_saved:
         for field in ("name", "streaming", "revision", "data_files", "data_dir"):
-            require(not getattr(config, field), f"text: {field!r} does not apply to a folder that save_to_disk wrote")
+            require(not getattr(config, field), f"{key}: {field!r} does not apply to a folder that save_to_disk wrote")
     elif not folder.exists() and (path.startswith((".", "~")) or folder.is_absolute()):
-        raise DataError(f"text: there is no folder {str(folder)!r}")
+        raise DataError(f"{key}: there is no folder {str(folder)!r}")
     try:
         if not is_saved:
             split = config.split or "train"
@@ -241,12 +259,12 @@ def _open_dataset(config: TextConfig) -> Any:
             )  # fmt: skip
         loaded = datasets.load_from_disk(folder)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"text: data set {path!r} cannot be opened: {type(error).__name__}: {error}") from error
+        raise DataError(f"{key}: data set {path!r} cannot be opened: {type(error).__name__}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
-        require(config.split is None, f"text: the folder {path!r} holds one data set and no splits; leave out 'split'")
+        require(config.split is None, f"{key}: the folder {path!r} holds one data set and no splits; leave out 'split'")
         return loaded
     split = config.split or "train"
     if split not in loaded:
         known = ", ".join(map(str, loaded))
-        raise DataError(f"text: data set {path!r} has no split {split!r} (known: {known})")
+        raise DataError(f"{key}: data set {path!r} has no split {split!r} (known: {known})")
     return loaded[split]

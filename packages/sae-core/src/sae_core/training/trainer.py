@@ -43,6 +43,7 @@ from sae_core.training.facts import (
     version_facts,
 )
 from sae_core.training.health import health
+from sae_core.training.held_out import HeldOut
 from sae_core.training.learner import DivergedError, Learner, Record
 from sae_core.training.row_blocks import StepResult
 
@@ -91,7 +92,8 @@ class Trainer:
     `source` may be any ActivationSource or an iterable of batches, tensors (batch, d_in) or `ActivationBatch`. `config` is
     one for all or one for each name; settings that belong to the stream (batch_size and the checkpoint policy) must agree.
     `callbacks` are called after every step with a `Progress`; `loggers` receive every record, one list for all or one for
-    each name. `checkpoints` is a folder; without one, none are written but by `save`.
+    each name. `checkpoints` is a folder; without one, none are written but by `save`. `held_out` measures on other data now and
+    then, and its numbers come into the records.
 
     >>> batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     >>> saes = {f"k={k}": create("topk", d_in=8, d_sae=16, k=k) for k in (1, 2)}
@@ -109,6 +111,7 @@ class Trainer:
         loggers: Loggers = (),
         *,
         checkpoints: str | Path | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         named = {"": saes} if isinstance(saes, SAE) else dict(saes)
         require(len(named) > 0, "there is no SAE to train")
@@ -132,6 +135,7 @@ class Trainer:
             checkpoints is not None or self._shared.checkpoint_every_samples is None,
             "checkpoint_every_samples: give the folder for checkpoints, Trainer(..., checkpoints=...)",
         )
+        self._held_out = held_out
         self._checkpoints = None if checkpoints is None else Checkpoints(Path(checkpoints), self._shared.keep_last)
         self._saved_at = (0, time.monotonic())
         self._stream: Stream | None = None
@@ -309,6 +313,7 @@ class Trainer:
         loggers: Loggers = (),
         *,
         checkpoints: str | Path | None = None,
+        held_out: HeldOut | None = None,
         device: str | torch.device = "cpu",
         architecture: str | None = None,
         force: bool = False,
@@ -343,7 +348,7 @@ class Trainer:
                 "Trainer.resume(..., architecture='distribution:name')"
             ) from None
         one = saes[""] if list(saes) == [""] else saes
-        trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints)
+        trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints, held_out=held_out)
         trainer.load_state_dict(state, force=force)
         return trainer
 
@@ -458,6 +463,8 @@ class Trainer:
             self.dropped[name] = str(error)
             return None
         if record is not None:
+            if self._held_out is not None:
+                self._held_out(self.learners[name], record)
             for logger in list(self.loggers[name]):
                 with self._forgiving(name, logger):
                     logger.log(record)

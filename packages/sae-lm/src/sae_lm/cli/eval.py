@@ -85,7 +85,13 @@ class Eval:
         more_metrics: list[Any] = [get_registry().usable("metric", name) for name in args.metrics]
         names = _names(args.paths)
         saes = {name: SAE.load(path, device=place(args.device)) for name, path in zip(names, args.paths, strict=True)}
-        result, facts = (_on_activations if args.data else _in_the_model)(saes, args, more_metrics)
+        of_columns = [name for name, sae in saes.items() if "columns" in (sae.metadata.get("sae_lm") or {})]
+        require(
+            not of_columns or len(of_columns) == len(saes),
+            f"eval: {', '.join(of_columns)} read columns of a data set and the others text; run them apart",
+        )
+        evaluate = _on_activations if args.data else _on_columns if of_columns else _in_the_model
+        result, facts = evaluate(saes, args, more_metrics)
         facts = {"sae": [str(path) for path in args.paths] if len(args.paths) > 1 else str(args.paths[0]), **facts}
         if not args.no_save:
             _keep(result, facts, names, args.paths)
@@ -121,7 +127,7 @@ def _on_activations(
 
     from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
 
-    from sae_lm.evaluate import evaluate_activations
+    from sae_lm.evaluation import evaluate_activations
 
     source = TensorFiles(TensorFilesConfig(paths=[Path(path) for path in args.data], shuffle=False))
     device = next(iter(saes.values())).device
@@ -143,17 +149,67 @@ def _on_activations(
     return result, {"data": ", ".join(args.data)}
 
 
+def _on_columns(
+    saes: Mapping[str, SAE[Any]], args: argparse.Namespace, more_metrics: Sequence[Any]
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Numbers of reconstruction, on rows of a data set that were held out from training."""
+    from sae_core.config import require
+    from sae_core.yaml_text import set_by_override
+
+    from sae_lm.columns import HuggingFaceColumns
+    from sae_lm.evaluation import evaluate_activations
+
+    require(args.text is None, "eval: --text is for SAEs of language models; this one reads columns of a data set")
+    known = [cast("Mapping[str, Any]", sae.metadata["sae_lm"])["columns"] for sae in saes.values()]
+    require(
+        all(each == known[0] for each in known), "eval: the SAEs were trained with different settings; run them apart"
+    )
+    settings: dict[str, Any] = {**known[0], "device": args.device, "batch_rows": args.batch_prompts}
+    for override in args.overrides:
+        set_by_override(settings, override)
+    source = HuggingFaceColumns.from_metadata({"sae_lm": {"columns": settings}})
+    require(
+        source.config.held_out > 0,
+        "eval: no rows were held out in training (held_out is 0); give activations with --data",
+    )
+
+    def batches() -> Any:
+        done = 0
+        for batch in source.held_out_batches():
+            yield batch
+            done += len(batch.inputs)
+            if done >= args.tokens:
+                return
+
+    result = evaluate_activations(
+        saes,
+        batches,
+        baseline=not args.no_random,
+        seed=args.seed,
+        saelens=args.saelens,
+        resamples=args.resamples,
+        more_metrics=more_metrics,
+    )
+    reads = ", ".join(site.name for site in source.config.read_sites)
+    writes = ", ".join(site.name for site in source.config.write_sites)
+    return result, {
+        "model": source.config.model,
+        "hook": f"{reads} -> {writes}" if writes else reads,
+        "data": f"{source.config.data.path}, rows held out from training",
+    }
+
+
 def _in_the_model(
     saes: Mapping[str, SAE[Any]], args: argparse.Namespace, more_metrics: Sequence[Any]
 ) -> tuple[Evaluation, dict[str, Any]]:
     from tqdm.auto import tqdm
 
-    from sae_lm.evaluate import evaluate_saes
+    from sae_lm.evaluation import evaluate_saes
     from sae_lm.origin import source_of
 
     hook = next((text.partition("=")[2] for text in args.overrides if text.startswith("hook=")), None)
     source, places, part = source_of(
-        saes, overrides=args.overrides, hook=hook, text=args.text, device=args.device, command="eval"
+        saes, overrides=args.overrides, hook=hook, text=args.text, device=args.device, command="eval", two_models=True
     )
     with tqdm(total=args.tokens, unit="token", disable=None) as bar:  # None: only on a terminal
         result = evaluate_saes(
@@ -215,6 +271,7 @@ def _report(result: Evaluation, facts: Mapping[str, Any]) -> str:
     from sae_lm.results import MASK_RULE, SUMMARIES
 
     known = {d.name: (d.label, d.form) for d in DEFINITIONS} | {k: (v[0], v[2]) for k, v in SUMMARIES.items()}
+    known |= {f"second.{d.name}": (f"{d.label}, second model", d.form) for d in DEFINITIONS if d.group == "model"}
     found = dict.fromkeys(name for metrics in result.candidates.values() for name in metrics)
     rows: list[Sequence[str]] = []
     for name in [*(n for n in known if n in found), *(n for n in found if n not in known)]:

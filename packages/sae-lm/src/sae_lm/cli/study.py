@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_lm.model import place
     from sae_lm.origin import source_of
-    from sae_lm.study import StudyConfig, study
+    from sae_lm.studies import StudyConfig, study
 
     require(args.batch_prompts > 0, f"--batch-prompts must be positive, not {args.batch_prompts}")
     own: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
