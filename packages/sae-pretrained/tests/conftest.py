@@ -199,6 +199,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "repos/create":
             asked = json.loads(self.body)
             repo_id = f"{asked.get('organization', 'lab')}/{asked['name']}"
+            if asked.get("type") == "dataset":
+                repo_id = f"datasets/{repo_id}"  # as its address begins
             if repo_id in self.hub.repositories:
                 return self.send_json({"error": "exists", "url": f"{self.hub.url}/{repo_id}"}, 409)
             self.hub.add(
@@ -208,7 +210,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "validate-yaml":
             return self.send_json({"errors": [], "warnings": []})
         parts = path.removeprefix("models/").split("/")
-        repo_id, action = "/".join(parts[:2]), parts[2:]
+        named = 3 if parts[0] == "datasets" else 2
+        repo_id, action = "/".join(parts[:named]), parts[named:]
         if action[:1] in (["preupload"], ["commit"]):
             repository = self.hub.repositories[repo_id]
             return self.preupload() if action[0] == "preupload" else self.commit(repo_id, repository)
