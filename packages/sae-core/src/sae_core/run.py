@@ -87,11 +87,11 @@ class RunConfig:
         for key, component in [("source", self.source), *(("loggers", logger) for logger in self.loggers)]:
             require("name" in component, f"{key}: missing key 'name'")
         if self.eval:
-            every = self.eval.get("every_samples")
-            require(every is not None, "eval: missing key 'every_samples'")
-            good = isinstance(every, int | float) and not isinstance(every, bool) and every > 0
+            require("every_samples" in self.eval, "eval: missing key 'every_samples'")
+            every: object = self.eval["every_samples"]
+            is_count = isinstance(every, int) and not isinstance(every, bool) and every > 0
             require(
-                good and (isinstance(every, int) or every < 1),
+                is_count or (isinstance(every, float) and 0 < every < 1),
                 f"eval: every_samples is a number of samples, or a fraction of total_samples below 1, not {every!r}",
             )
 

@@ -238,7 +238,8 @@ class HuggingFaceColumns:
         """Rows of a part from the row numbered `start` on, each with its number."""
         config = self.config
         data: Any = open_dataset(config.data, "data")
-        wanted = list(dict.fromkeys([*config.inputs.values(), *([config.mask] if config.mask else [])]))
+        columns = [*config.inputs.values(), *([config.mask] if config.mask else [])]
+        wanted: list[str] = list(dict.fromkeys(columns))
         if data.column_names is not None:
             for column in wanted:
                 known = ", ".join(data.column_names)
