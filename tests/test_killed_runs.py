@@ -67,11 +67,11 @@ def wait_for(condition: Callable[[], Any], process: BaseProcess) -> None:
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    """What a finished run leaves, besides checkpoints and the run file, which names its folder."""
+    """What a finished run leaves, besides checkpoints, and the run file and the report, which name its folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "checkpoints" not in path.parts and path.name != "run.yaml"
+        if path.is_file() and "checkpoints" not in path.parts and path.name not in ("run.yaml", "report.html")
     }
 
 

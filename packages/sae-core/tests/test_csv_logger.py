@@ -41,8 +41,9 @@ def test_dictionaries_of_different_architectures_share_one_log(tmp_path: Path) -
     saes = {"a": create("topk", d_in=4, d_sae=8, k=2), "b": create("standard", d_in=4, d_sae=8)}
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(total_samples=64, batch_size=32, log_every_steps=1, progress_bar=False)
-    Trainer(saes, list(x.split(32)), config, loggers=[logger(tmp_path / "log.csv")]).fit_all()
+    Trainer(saes, list(x.split(32)), config, loggers={name: [logger(tmp_path / "log.csv")] for name in saes}).fit_all()
     found = rows(tmp_path / "log.csv")
+    assert [row["sae"] for row in found] == ["a", "b", "a", "b"]
     assert [row["samples"] for row in found] == ["32", "32", "64", "64"]
     assert [row["loss/l1"] != "" for row in found] == [False, True, False, True]
 

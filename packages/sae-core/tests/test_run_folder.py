@@ -51,7 +51,12 @@ def run_file(tmp_path: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """What a finished run leaves besides its checkpoints."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.yaml"}
+    names_the_folder = ("run.yaml", "report.html")
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name not in names_the_folder
+    }
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +195,7 @@ def test_what_was_there_stays_until_the_new_run_has_ended_well(run_file: Path, t
     assert yaml.safe_load((out / "run.yaml").read_text())["sae"]["k"] == 2
     assert SAE.load(out).metadata["sae_core"]["training_config"]["k"] == 2
     assert sorted(path.name for path in out.iterdir()) == [
-        "cfg.json", "checkpoints", "log.jsonl", "notes.txt", "run.yaml", "sae_weights.safetensors",
+        "cfg.json", "checkpoints", "log.jsonl", "notes.txt", "report.html", "run.yaml", "sae_weights.safetensors",
         "training_form.safetensors",
     ]  # fmt: skip
     execute(read_run(run_file, [f"output={tmp_path / 'direct'}", "sae.k=2"]))
@@ -394,22 +399,3 @@ def test_a_lock_without_help_of_the_file_system_goes_by_the_process(
     (tmp_path / ".lock").write_text("no JSON")
     with locked(tmp_path):
         pass
-
-
-class Failing:
-    def log(self, record: Any) -> None:
-        raise RuntimeError("the server is away")
-
-    def close(self) -> None:
-        raise RuntimeError("still away")
-
-
-def test_a_logger_that_fails_is_reported_once_and_stops_nothing() -> None:
-    from sae_core import TrainConfig, Trainer, create
-    from sae_core.plugins import PluginWarning
-
-    settings = TrainConfig(total_samples=400, batch_size=40, log_every_steps=2, progress_bar=False)
-    trainer = Trainer(create("topk", d_in=8, d_sae=16, k=2), list(ROWS.split(40)), settings, loggers=[Failing()])
-    with pytest.warns(PluginWarning, match="Failing failed and is left out.*the server is away") as caught:
-        assert trainer.fit().samples == 400
-    assert len(caught) == 1

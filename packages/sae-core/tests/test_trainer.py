@@ -477,7 +477,7 @@ def test_records_of_several_dictionaries_go_to_loggers_of_their_own(tmp_path: Pa
     results = Trainer(saes, batches(20), config(), loggers=loggers).fit_all()
     for name in "ab":
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == results[name].history
+        assert [json.loads(line) for line in lines] == [{"sae": name, **record} for record in results[name].history]
 
 
 def test_what_several_dictionaries_share_must_agree() -> None:

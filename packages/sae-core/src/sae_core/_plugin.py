@@ -90,7 +90,7 @@ def sae_register_metrics() -> Iterator[MetricSpec]:
 
 @hookimpl
 def sae_register_loggers() -> Iterator[LoggerSpec]:
-    """Training records in files."""
+    """Where training records go besides the log that every run keeps."""
     yield LoggerSpec(
         name="jsonl", target="sae_core.training.loggers:JsonlLogger", summary="One JSON object a line, in a local file"
     )
@@ -98,6 +98,16 @@ def sae_register_loggers() -> Iterator[LoggerSpec]:
         name="csv",
         target="sae_core.training.csv_logger:CsvLogger",
         summary="A table with a line a record, in a local file",
+    )
+    yield LoggerSpec(
+        name="tensorboard",
+        target="sae_core.training.tensorboard_logger:TensorBoardLogger",
+        summary="Curves for TensorBoard (pip install 'sae-core[tensorboard]')",
+    )
+    yield LoggerSpec(
+        name="wandb",
+        target="sae_core.training.wandb_logger:WandbLogger",
+        summary="Weights & Biases (pip install 'sae-core[wandb]')",
     )
 
 

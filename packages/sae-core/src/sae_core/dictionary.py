@@ -212,7 +212,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     `independent_latents`, a latent's value does not depend on the other latents, so that some of them can be loaded alone;
     `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
     `starts_from_data`, `start_from` wants to see the first samples;
-    `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`.
+    `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`;
+    `restarts_latents`, it implements the method `restart_latents`.
     """
 
     architecture: ClassVar[str]
@@ -223,6 +224,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     reads_sequences: ClassVar[bool] = False
     starts_from_data: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = False
+    restarts_latents: ClassVar[bool] = False
     config: ConfigT_co
 
     def __init__(self, config: ConfigT_co) -> None:
@@ -295,6 +297,14 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
     def start_at(self, centre_O: Tensor) -> None:
         """Called before the first step with a central point (d_out,) of the normalised targets: start biases there."""
+
+    def restart_latents(self, latents: Tensor, prepared: Prepared, target: Tensor) -> None:
+        """Point latents (n,) at rows, one each: `prepared` inputs and their `target` (n, d_out); all else of them starts anew.
+
+        Encoder rows get a fifth of the mean norm of the others', decoder rows the mean norm of the others' (Bricken et al.
+        2023). Raises ConfigError for architectures without `restarts_latents`.
+        """
+        raise ConfigError(f"{self.architecture}: latents of this architecture cannot be pointed at a row and restarted")
 
     @torch.no_grad()
     def directions(self) -> Tensor:

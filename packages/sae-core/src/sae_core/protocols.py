@@ -38,6 +38,7 @@ __all__ = [
     "MeasuresHeldOut",
     "Metric",
     "Resumable",
+    "RunFacts",
     "Writer",
 ]
 
@@ -265,9 +266,33 @@ class Metric(Protocol):
     def compute(self) -> Mapping[str, float]: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunFacts:
+    """What a logger is told before its first record.
+
+    `name` says which dictionary its records are of, "" where the run has only one. `sae` is that dictionary, in training.
+    `config` is everything that was set, as plain data: the whole run file with its defaults, or in Python ``sae`` and
+    ``train``. `folder` is where the run keeps this dictionary, None where it keeps nothing. `steps` were done before, when a
+    run goes on.
+    """
+
+    sae: SAE
+    name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    folder: Path | None = None
+    steps: int = 0
+
+
 @runtime_checkable
 class Logger(Protocol):
-    """Receives training records: flat mappings of plain numbers, None where one is not known, one at each flush."""
+    """Receives the training records of one dictionary: flat mappings of plain numbers, None where one is not known.
+
+    A run makes one logger for each dictionary. `start` comes once, before the first record; `log` at each flush. A logger that
+    is `Resumable` has its state restored before `start` when a run goes on. What `start`, `log` and `close` raise is reported
+    once and never stops the run.
+    """
+
+    def start(self, run: RunFacts) -> None: ...
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None: ...
 

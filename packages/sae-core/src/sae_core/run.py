@@ -31,12 +31,23 @@ from safetensors import SafetensorError
 
 from sae_core.config import option, require, structure, unstructure
 from sae_core.data.wiring import fields_for
-from sae_core.errors import ConfigError, FormatError, SaeCoreError, did_you_mean
+from sae_core.errors import ConfigError, FormatError, MissingDependencyError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.members import Member, members_of
 from sae_core.plugins import get_registry
-from sae_core.protocols import ActivationSource, Logger, MeasuresHeldOut
-from sae_core.run_folder import CHECKPOINTS, COMPARISON, INTERRUPTED, LOG, NEW, RUN_FILE, RunFolder, locked
+from sae_core.protocols import ActivationSource, Logger, MeasuresHeldOut, RunFacts
+from sae_core.run_folder import (
+    CHECKPOINTS,
+    COMPARISON,
+    INTERRUPTED,
+    LOG,
+    MEMBERS,
+    NEW,
+    REPORT,
+    RUN_FILE,
+    RunFolder,
+    locked,
+)
 from sae_core.sae import SAE, as_device, create
 from sae_core.signals import first_signal
 from sae_core.training.checkpoint import Checkpoints, Found
@@ -44,7 +55,7 @@ from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import absolute_paths, named_architecture
 from sae_core.training.held_out import HeldOut
-from sae_core.training.loggers import JsonlConfig, JsonlLogger, NamedLogger
+from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
 
@@ -172,6 +183,7 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
     members = _members(run)
     source = cast("ActivationSource", _component(run.source, "source", seed=run.seed, device=run.device))
     saes = {name: _new_sae(run, member, name, source) for name, member in members.items()}
+    full = resolved(run, members, saes, source)
     trainer = Trainer(
         saes[""] if list(saes) == [""] else saes,
         source,
@@ -179,6 +191,7 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
         loggers=_loggers(run, folder, members),
         checkpoints=folder.work / CHECKPOINTS,
         held_out=_held_out(run, source),
+        facts={name: RunFacts(name=name, sae=sae, config=full, folder=folder.of(name)) for name, sae in saes.items()},
     )
     if found is not None:
         for message in found.damaged:
@@ -193,12 +206,13 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
             folder.clear()
         else:
             folder.reopen(members)
-        _write_yaml(folder.work / RUN_FILE, resolved(run, members, saes, source))
+        _write_yaml(folder.work / RUN_FILE, full)
     if trainer.finished:  # it was killed while it saved what had come out
         results = trainer.results()
     else:
         results = _fit(trainer, folder)
         trainer.checkpoint()
+    _report(folder, results, full)
     with _writing(folder.work):
         for name, result in results.items():
             if result.dropped is None:
@@ -223,15 +237,30 @@ def _held_out(run: RunConfig, source: ActivationSource) -> HeldOut | None:
 
 
 def _loggers(run: RunConfig, folder: RunFolder, names: Iterable[str]) -> dict[str, list[Logger]]:
-    """A log for each dictionary, and what the run file asks for, which several share."""
-    others = [cast("Logger", _component(logger, "logger")) for logger in run.loggers]
+    """For each dictionary its log, and loggers of its own of the kinds that the run file asks for."""
     return {
         name: [
-            JsonlLogger(JsonlConfig(path=folder.of(name) / LOG)),
-            *([NamedLogger(logger, name) for logger in others] if name else others),
+            JsonlLogger(JsonlConfig(path=folder.of(name) / LOG, label=False)),
+            *(cast("Logger", _component(logger, "logger")) for logger in run.loggers),
         ]
         for name in names
     }
+
+
+def _report(folder: RunFolder, results: Mapping[str, TrainResult], config: Mapping[str, Any]) -> None:
+    """Write the reports. Where one cannot be written, that is said, and the dictionaries are saved all the same."""
+    from sae_core.report.training import write_comparison_report, write_report
+
+    try:
+        for name, result in results.items():
+            write_report(folder.of(name) / REPORT, result, config, name)
+        if list(results) != [""]:
+            links = {name: f"{MEMBERS}/{name}/{REPORT}" for name in results}
+            write_comparison_report(folder.work / REPORT, results, config, links)
+    except MissingDependencyError as error:
+        _say(f"no {REPORT}: {error}")
+    except Exception as error:  # noqa: BLE001 - days of training are worth more than a page about them
+        _say(f"no {REPORT}: {type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -21,7 +21,18 @@ from sae_core.durable import sync_folder
 from sae_core.errors import FormatError
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 
-__all__ = ["CHECKPOINTS", "COMPARISON", "INTERRUPTED", "LOG", "MEMBERS", "NEW", "RUN_FILE", "RunFolder", "locked"]
+__all__ = [
+    "CHECKPOINTS",
+    "COMPARISON",
+    "INTERRUPTED",
+    "LOG",
+    "MEMBERS",
+    "NEW",
+    "REPORT",
+    "RUN_FILE",
+    "RunFolder",
+    "locked",
+]
 
 RUN_FILE: Final = "run.yaml"
 LOG: Final = "log.jsonl"
@@ -29,10 +40,13 @@ CHECKPOINTS: Final = "checkpoints"
 INTERRUPTED: Final = "interrupted"
 MEMBERS: Final = "saes"
 COMPARISON: Final = "comparison.json"
+REPORT: Final = "report.html"
 NEW: Final = ".new"
 _OLD, _MOVED, _LOCK = ".old", ".old.moved", ".lock"
 _FINISHED = (CONFIG_FILE, COMPARISON)  # written last, by runs of one dictionary and of several
-_PARTS = (*_FINISHED, WEIGHTS_FILE, TRAINING_FILE, RUN_FILE, LOG, "report.html", INTERRUPTED, MEMBERS, CHECKPOINTS)
+_PARTS = (
+    *_FINISHED, WEIGHTS_FILE, TRAINING_FILE, RUN_FILE, LOG, REPORT, "tensorboard", "wandb", INTERRUPTED, MEMBERS, CHECKPOINTS,
+)  # fmt: skip
 """Everything a run writes; nothing else in the folder is ever touched. What marks a finished run goes first."""
 
 

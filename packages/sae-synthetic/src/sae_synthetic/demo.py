@@ -27,6 +27,7 @@ __all__ = ["DemoResult", "run_demo"]
 NUM_FEATURES, HIDDEN_DIM, NUM_LATENTS, ACTIVE = 256, 128, 512, 9
 BATCH_SIZE, LEARNING_RATE = 1024, 0.01
 FOUND = 0.9
+EVALUATED = 50_000  # fresh samples
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,18 @@ def run_demo(output: Path, seed: int = 0, samples: int = 1_000_000, report: bool
             curve.append({**progress.record, "MCC": mcc})
 
     result = Trainer(sae, source, config, callbacks=[watch]).fit()
-    trained = eval_sae_on_synthetic_data(sae, features, generator, num_samples=50_000)
+    trained = eval_sae_on_synthetic_data(sae, features, generator, num_samples=EVALUATED)
     random = trained.baseline
     assert random is not None
+    curve.append(
+        {
+            "samples": result.samples,
+            "explained_variance": trained.explained_variance,
+            "l0": trained.sae_l0,
+            "dead_fraction": trained.dead_latents / NUM_LATENTS,
+            "MCC": trained.mcc,
+        }
+    )
     vectors = {"trained": sae.directions(), "random": untrained_like(sae).directions()}
     rows = [
         ["explained variance", f"{trained.explained_variance:.3f}", f"{random.explained_variance:.3f}"],
@@ -116,16 +126,33 @@ def _write_report(
     report.text(
         f"{NUM_FEATURES} features in {HIDDEN_DIM} dimensions fire independently, eight at a time. A TopK SAE "
         f"with {NUM_LATENTS} latents and k = {ACTIVE} was trained on sums of them, and is compared here with the features "
-        "themselves and with an untrained SAE of the same size."
+        f"themselves and with an untrained SAE of the same size, on {EVALUATED:,} samples that neither has seen."
     )
     report.table(["", "trained", "random"], rows)
-    if curve:
-        report.heading("Training")
-        report.figure(plot_training(curve, ["explained_variance", "l0", "dead_fraction", "MCC"], title=""))
+    report.heading("Training")
+    report.text("Measured on the batches of training; the last point is what the table says, on fresh samples.")
+    report.figure(plot_training(curve, ["explained_variance", "l0", "dead_fraction", "MCC"], title=""))
     report.heading("Latents and true features")
     report.text("Absolute cosine of every latent's decoder direction with every true feature. Latents are ordered by the "
                 "feature they match best: what was found lies on the diagonal.")  # fmt: skip
     report.figure(plot_similarity(vectors, features.feature_vectors))
-    report.heading("Rare features are harder")
+    report.heading("Recovery against firing rate")
+    report.text(_rare_against_frequent(vectors["trained"], features, generator.firing_probabilities))
     report.figure(plot_recovery(vectors, features.feature_vectors, generator.firing_probabilities, title=""))
     return report.write(path)
+
+
+def _rare_against_frequent(vectors: Tensor, features: FeatureDictionary, rates: Tensor) -> str:
+    """What the figure below it shows, in numbers: how well the rarer and the more frequent half of the features are found."""
+    best = cosine_similarities(features.feature_vectors.detach(), vectors).abs().max(dim=1).values
+    order = rates.argsort()
+    rare, frequent = (float(best[half].mean()) for half in order.split(-(-len(order) // 2)))
+    difference = frequent - rare
+    if abs(difference) < 0.01:
+        verdict = "rarity makes no difference here"
+    else:
+        verdict = f"the {'rarer' if difference > 0 else 'more frequent'} ones are harder to find"
+    return (
+        f"The best cosine is {rare:.3f} on average for the rarer half of the features and {frequent:.3f} for the more frequent "
+        f"half: {verdict}."
+    )

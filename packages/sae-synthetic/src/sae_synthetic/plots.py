@@ -36,6 +36,7 @@ __all__ = [
     "require_plotly",
 ]
 
+_FRACTIONS = ("explained_variance", "dead_fraction", "MCC")
 _COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00")
 
 
@@ -161,7 +162,10 @@ def plot_similarity(directions: Mapping[str, Tensor], truth: Tensor, title: str 
 def plot_training(
     history: Sequence[Mapping[str, float | None]], keys: Sequence[str], title: str = "Training"
 ) -> go.Figure:
-    """One panel a key of the records, over samples."""
+    """One panel a key of the records, over samples.
+
+    Panels begin at 0 and those of fractions end at 1, so that noise does not look like news.
+    """
     require(bool(history), "plot_training: the history is empty")
     go = require_plotly()
     from plotly.subplots import make_subplots
@@ -172,9 +176,19 @@ def plot_training(
         x, y = zip(*points, strict=True) if points else ((), ())
         line = go.Scatter(x=x, y=y, mode="lines", line={"color": _COLOURS[place % len(_COLOURS)]}, showlegend=False)
         figure.add_trace(line, row=1, col=place)
-    figure.update_xaxes(title_text="samples")
-    figure.update_layout(title_text=title, height=320)
+        figure.update_yaxes(range=_shown_range(y, fraction=key in _FRACTIONS), row=1, col=place)
+    figure.update_xaxes(title_text="samples", automargin=True, nticks=4)
+    figure.update_yaxes(automargin=True)
+    figure.update_layout(title_text=title, height=320, margin={"t": 60, "r": 30})
     return figure
+
+
+def _shown_range(values: Sequence[float], *, fraction: bool) -> list[float]:
+    """From 0, or from the least value where that is negative, to 1 for fractions, else to a little above the largest."""
+    least, most = min(values, default=0.0), max(values, default=1.0)
+    top = max(1.0, most) if fraction else most
+    room = 0.05 * max(top - min(least, 0.0), 1e-12)
+    return [min(least, 0.0) - room * (least < 0), top + room]
 
 
 def plot_firing(codes: SparseCodes, most: int = 100, title: str = "Firing and co-firing") -> go.Figure:

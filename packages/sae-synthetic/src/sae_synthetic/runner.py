@@ -236,8 +236,7 @@ class SyntheticSAERunner:
             if cfg.eval_frequency and trainer.steps % cfg.eval_frequency == 0:
                 scores = self._scores()
                 evaluations[trainer.steps] = scores
-                for logger in loggers:
-                    logger.log({"step": trainer.steps, "samples": trainer.samples, **scores.to_log_dict("synthetic/")})
+                trainer.log({"step": trainer.steps, "samples": trainer.samples, **scores.to_log_dict("synthetic/")})
             if trainer.steps in due:
                 folder = Path(cast("str", cfg.checkpoint_path)) / str(trainer.samples)
                 self.sae.save(folder)

@@ -117,11 +117,10 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
         super().__init__(config)
         self.threshold = nn.Parameter(torch.zeros(config.d_sae))
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """As in the frame, and one threshold for all latents."""
-        super().reset_parameters(generator)
-        self.threshold.fill_(self.config.jumprelu_init_threshold)
+    @property
+    def starts(self) -> Mapping[str, float]:
+        """One threshold for all latents."""
+        return {"threshold": self.config.jumprelu_init_threshold}
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """Pre-activations above the threshold, and above zero unless the config lets them be below."""

@@ -99,6 +99,7 @@ class LinearConfig(SAEConfig):
         )
 
 
+_RESTART = 0.2  # of the mean encoder norm: a latent that is to come alive should not upset the others
 C = TypeVar("C", bound=LinearConfig, covariant=True)
 
 
@@ -122,6 +123,7 @@ class LinearSAE(SAE[C], ABC):
     biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     folds: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = True
+    restarts_latents: ClassVar[bool] = True
     W_skip: nn.Parameter | None
 
     def __init__(self, config: C) -> None:
@@ -136,7 +138,7 @@ class LinearSAE(SAE[C], ABC):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Random decoder rows of norm `decoder_init_norm`; the encoder is their copy, or for a transcoder drawn alike; all
-        else zero.
+        else as in `starts`, or zero.
         """
         init_decoder(self.W_dec, self.config.decoder_init_norm, generator)
         if self.reconstructs_input:
@@ -145,7 +147,27 @@ class LinearSAE(SAE[C], ABC):
             init_decoder(self.encoder, self.config.decoder_init_norm, generator)
         for name, tensor in self._named_tensors():
             if name not in ("W_dec", "encoder"):
-                tensor.zero_()
+                tensor.fill_(self.starts.get(name, 0.0))
+
+    @property
+    def starts(self) -> Mapping[str, float]:
+        """Where parameters of one number a latent start, those that do not start at zero."""
+        return {}
+
+    @torch.no_grad()
+    def restart_latents(self, latents: Tensor, prepared: Prepared, target: Tensor) -> None:
+        """See `SAE.restart_latents`: what of row i its bias does not explain is what latent i reads and writes now."""
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device).index_fill_(0, latents, False)
+        others = others if bool(others.any()) else ~others
+        centre = self.centre()
+        read_ND = prepared.z if centre is None else prepared.z - centre
+        written_NO = (prepared.z if self.reconstructs_input else target) - self.b_dec
+        for weights, rows, factor in ((self.encoder, read_ND, _RESTART), (self.W_dec, written_NO, 1.0)):
+            size = factor * weights.norm(dim=-1)[others].mean()
+            weights[latents] = size * torch.nn.functional.normalize(rows, dim=-1)
+        for name, parameter in self.named_parameters():
+            if self.axis(name).latent == 0 and parameter.dim() == 1:
+                parameter[latents] = self.starts.get(name, 0.0)
 
     # What is read and written.
 

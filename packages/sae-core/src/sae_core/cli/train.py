@@ -52,6 +52,7 @@ class Train:
         """Train, save, and say what came out and where it is."""
         from sae_core.cli.tables import table
         from sae_core.run import RunStopped, execute_all
+        from sae_core.run_folder import LOG, REPORT, RUN_FILE
 
         run = _run_of(args)
         try:
@@ -79,14 +80,15 @@ class Train:
         )
         for finding in result.health:
             print(f"\nNote: {finding}.")
-        print(f"\nThe SAE is in {run.output} (with run.yaml and log.jsonl).")
+        kept = [name for name in (RUN_FILE, LOG, REPORT) if (run.output / name).exists()]
+        print(f"\nThe SAE is in {run.output} (with {', '.join(kept[:-1])} and {kept[-1]}).")
         return 0
 
 
 def _several(run: RunConfig, results: Mapping[str, TrainResult]) -> int:
     """The table of a run of several dictionaries; 1 when none of them has come out."""
     from sae_core.cli.tables import table
-    from sae_core.run_folder import COMPARISON, MEMBERS
+    from sae_core.run_folder import COMPARISON, MEMBERS, REPORT
     from sae_core.training.comparison import compared
 
     rows = compared(results)
@@ -113,7 +115,8 @@ def _several(run: RunConfig, results: Mapping[str, TrainResult]) -> int:
             print(f"dropped: {row['name']}: {row['dropped']}")
         for finding in results[row["name"]].health:
             print(f"Note on {row['name']}: {finding}.")
-    print(f"The SAEs are in {run.output / MEMBERS}, each with its log.jsonl; {COMPARISON} has the table.")
+    tables = " and ".join(name for name in (REPORT, COMPARISON) if (run.output / name).exists())
+    print(f"The SAEs are in {run.output / MEMBERS}, each with its log.jsonl; the comparison is in {tables}.")
     return 0 if any(not row["dropped"] for row in rows) else 1
 
 

@@ -22,6 +22,7 @@ from sae_core.codes import Codes, DenseCodes, SparseCodes
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
 from sae_core.ops.dispatch import entries_pay
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
+from sae_core.ops.mixed import dense_dtype, dense_product
 
 __all__ = ["decode", "decode_and_norms", "decode_prefixes"]
 
@@ -31,7 +32,7 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     if isinstance(codes, DenseCodes):
         return cast("Tensor", _DecodeDense.apply(codes.values, W_dec))
     if not entries_pay(entries=codes.values.numel(), rows=codes.rows, d_sae=codes.d_sae, device=codes.device):
-        return codes.to_dense().view(codes.rows, codes.d_sae) @ W_dec
+        return cast("Tensor", _DecodeDense.apply(codes.to_dense().view(codes.rows, codes.d_sae), W_dec))
     return cast("Tensor", _DecodeEntries.apply(codes.values, W_dec, codes))
 
 
@@ -69,15 +70,15 @@ class _DecodeDense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_RF: Tensor, W_dec: Tensor) -> Tensor:
         ctx.save_for_backward(values_RF, W_dec)
-        ctx.sum = open_sum(W_dec)
-        return values_RF @ W_dec
+        ctx.sum, ctx.dtype = open_sum(W_dec), dense_dtype()
+        return dense_product(values_RF, W_dec, ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         values_RF, W_dec = ctx.saved_tensors
         grad_RO = cast("Tensor", grads[0])
-        grad_values = grad_RO @ W_dec.t() if ctx.needs_input_grad[0] else None
-        grad_W = weight_gradient(values_RF, grad_RO, ctx.sum) if ctx.needs_input_grad[1] else None
+        grad_values = dense_product(grad_RO, W_dec.t(), ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_W = weight_gradient(values_RF, grad_RO, ctx.sum, ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad_values, None if ctx.sum else grad_W
 
 
@@ -106,10 +107,10 @@ class _DecodeAndNorms(torch.autograd.Function):
         norms_SF = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in W_dec.split(sizes, dim=-1)])
         norms_F = norms_SF.sum(0)
         ctx.save_for_backward(values, W_dec, norms_SF)
-        ctx.codes, ctx.sizes = codes.detach(), sizes
+        ctx.codes, ctx.sizes, ctx.dtype = codes.detach(), sizes, dense_dtype()
         ctx.sum = open_sum(W_dec) if isinstance(codes, DenseCodes) else None
         if isinstance(codes, DenseCodes):
-            return values @ W_dec, norms_F
+            return dense_product(values, W_dec, ctx.dtype), norms_F
         return row_bags(values, codes.indices, codes.row_offsets(), W_dec), norms_F
 
     @staticmethod
@@ -120,12 +121,12 @@ class _DecodeAndNorms(torch.autograd.Function):
         grad_values = grad_W = None
         if ctx.needs_input_grad[0]:
             if isinstance(codes, DenseCodes):
-                grad_values = grad_RO @ W_dec.t()
+                grad_values = dense_product(grad_RO, W_dec.t(), ctx.dtype)
             else:
                 grad_values = entry_dots(grad_RO, W_dec, codes.latent_major()).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if isinstance(codes, DenseCodes):
-                grad_W = weight_gradient(values, grad_RO, ctx.sum)
+                grad_W = weight_gradient(values, grad_RO, ctx.sum, ctx.dtype)
             else:
                 grad_W = latent_bags(values, codes.latent_major(), grad_RO)
             parts = zip(grad_W.split(ctx.sizes, dim=-1), W_dec.split(ctx.sizes, dim=-1), norms_SF, strict=True)

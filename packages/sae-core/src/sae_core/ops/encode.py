@@ -25,6 +25,7 @@ from torch import Tensor
 from sae_core.codes import SparseCodes
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
+from sae_core.ops.mixed import dense_dtype, dense_product
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Selection
 
@@ -64,7 +65,9 @@ class _EncodeDense(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
         centred = x_RD if centre_D is None else x_RD - centre_D
         ctx.save_for_backward(centred, W_FD)
-        ctx.sum = open_sum(W_FD)
+        ctx.sum, ctx.dtype = open_sum(W_FD), dense_dtype()
+        if ctx.dtype is not None:
+            return dense_product(centred, W_FD.t(), ctx.dtype) + b_F
         return torch.addmm(b_F, centred, W_FD.t())
 
     @staticmethod
@@ -74,13 +77,13 @@ class _EncodeDense(torch.autograd.Function):
         needs_x, needs_centre, needs_W, needs_b = ctx.needs_input_grad
         grad_x = grad_centre = grad_W = grad_b = None
         if needs_W:
-            grad_W = weight_gradient(grad_RF, centred, ctx.sum)
+            grad_W = weight_gradient(grad_RF, centred, ctx.sum, ctx.dtype)
         if needs_b or needs_centre:
             grad_b = grad_RF.sum(0)
         if needs_centre and grad_b is not None:
             grad_centre = -(grad_b @ W_FD)
         if needs_x:
-            grad_x = grad_RF @ W_FD
+            grad_x = dense_product(grad_RF, W_FD, ctx.dtype)
         return grad_x, grad_centre, None if ctx.sum else grad_W, grad_b
 
 

@@ -18,7 +18,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
+
+from sae_core.ops.mixed import dense_product
 
 __all__ = ["GradientSum", "open_sum", "summed", "weight_gradient"]
 
@@ -51,11 +54,13 @@ def open_sum(weight: Tensor) -> GradientSum | None:
     return next((entry for entry in _open.get() if entry.weight is weight), None)
 
 
-def weight_gradient(a_RN: Tensor, b_RM: Tensor, into: GradientSum | None) -> Tensor:
-    """``a^T b``, the weight's (N, M) gradient; or all of `into`, once added there."""
-    if into is None:
-        return a_RN.t() @ b_RM
-    if into.total is None:
-        into.total = a_RN.t() @ b_RM
-        return into.total
-    return into.total.addmm_(a_RN.t(), b_RM)
+def weight_gradient(a_RN: Tensor, b_RM: Tensor, into: GradientSum | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``a^T b``, the weight's (N, M) gradient, computed in `dtype`; or all of `into`, once added there."""
+    if into is None or into.total is None:
+        gradient = dense_product(a_RN.t(), b_RM, dtype)
+        if into is not None:
+            into.total = gradient
+        return gradient
+    if dtype is None:
+        return into.total.addmm_(a_RN.t(), b_RM)
+    return into.total.add_(dense_product(a_RN.t(), b_RM, dtype))

@@ -147,7 +147,7 @@ def sae_register_loggers(core_version: str) -> Iterable[LoggerSpec]:  # pyright:
 
     @hookimpl
     def sae_register_loggers():
-        yield LoggerSpec(name="wandb", target="sae_wandb.logger:WandbLogger", summary="Weights & Biases")
+        yield LoggerSpec(name="mlflow", target="sae_mlflow.logger:MlflowLogger", summary="MLflow")
     ```
     """
 

@@ -12,9 +12,9 @@ from sae_core.format.write import write_atomically
 from sae_core.training.facts import named_architecture
 from sae_core.training.trainer import TrainResult
 
-__all__ = ["compared", "write_comparison"]
+__all__ = ["compared", "last_known", "write_comparison"]
 
-_MEASURED = ("loss", "l0", "explained_variance", "dead_fraction")
+_MEASURED = ("loss", "l0", "explained_variance", "dead_fraction", "held_out.ce_recovered")
 
 
 def compared(results: Mapping[str, TrainResult]) -> list[dict[str, Any]]:
@@ -24,14 +24,13 @@ def compared(results: Mapping[str, TrainResult]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for name, result in results.items():
-        last = result.history[-1] if result.history else {}
         rows.append(
             {
                 "name": name,
                 "architecture": named_architecture(result.sae),
                 "config": unstructure(result.sae.config),
                 "samples": result.samples,
-                **{key: last.get(key) for key in _MEASURED},
+                **{key: last_known(result, key) for key in _MEASURED},
                 "dropped": result.dropped,
             }
         )
@@ -48,6 +47,11 @@ def write_comparison(path: Path, results: Mapping[str, TrainResult]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+def last_known(result: TrainResult, key: str) -> float | None:
+    """The value in the last record; of what is not measured for every record, the last that there is."""
+    return next((value for record in reversed(result.history) if (value := record.get(key)) is not None), None)
 
 
 def _measured(row: Mapping[str, Any]) -> bool:

@@ -19,6 +19,10 @@ class TrainConfig:
 
     total_samples: int = option(help="samples (activation vectors) to train on")
     batch_size: int = option(default=2048, help="samples in a step")
+    gradient_accumulation_steps: int = option(
+        default=1,
+        help="batches that make up one step of the optimiser, with the gradient of their mean loss",
+    )
     lr: float | Schedule = option(
         default=3e-4, help="learning rate of Adam; a number or a schedule, times the warm-up and decay below"
     )
@@ -42,6 +46,11 @@ class TrainConfig:
         default=1_000_000, help="a latent is dead when it has not fired for this many samples, or fraction of the run"
     )
     dead_refresh_steps: int = option(default=10, help="steps between refreshes of the set of dead latents")
+    resample_dead_every_samples: int | float | None = option(
+        default=None,
+        help="samples, or a fraction of the run, after which dead latents are pointed at inputs that are badly reconstructed, "
+        "again and again but not in the last fifth of the run; null leaves them to the architecture's own loss",
+    )
     log_every_steps: int = option(default=50, help="steps between records")
     init_samples: int = option(
         default=16_384,
@@ -54,6 +63,11 @@ class TrainConfig:
         default="full",
         help="precision of the large encoder product; bfloat16 is faster and may change which latents are chosen",
     )
+    precision: Literal["full", "bfloat16"] = option(
+        default="full",
+        help="bfloat16: mixed precision, dense products are computed in it; weights, thresholds, optimiser and losses keep the "
+        "precision of the parameters",
+    )
     checkpoint_every_samples: int | float | None = option(
         default=None, help="samples, or a fraction of the run, between checkpoints; null goes by minutes alone"
     )
@@ -64,9 +78,22 @@ class TrainConfig:
     progress_bar: bool = option(default=True, help="show a progress bar on stderr")
 
     def __post_init__(self) -> None:
-        for name in ("total_samples", "batch_size", "dead_after_samples", "dead_refresh_steps", "log_every_steps"):
+        for name in (
+            "total_samples",
+            "batch_size",
+            "dead_after_samples",
+            "dead_refresh_steps",
+            "log_every_steps",
+            "gradient_accumulation_steps",
+        ):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("lr_warmup_samples", "lr_decay_samples", "dead_after_samples", "checkpoint_every_samples"):
+        for name in (
+            "lr_warmup_samples",
+            "lr_decay_samples",
+            "dead_after_samples",
+            "checkpoint_every_samples",
+            "resample_dead_every_samples",
+        ):
             value = getattr(self, name)
             require(
                 not isinstance(value, float) or 0 <= value < 1,
@@ -86,7 +113,12 @@ class TrainConfig:
         if self.grad_clip_norm is not None:
             for value in ends_of(self.grad_clip_norm):
                 require(value > 0, f"grad_clip_norm must be positive or null, not {value}")
-        for name in ("checkpoint_every_samples", "checkpoint_every_minutes", "target_l0"):
+        for name in (
+            "checkpoint_every_samples",
+            "checkpoint_every_minutes",
+            "resample_dead_every_samples",
+            "target_l0",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive or null, not {value}")
         require(self.init_samples > 0, f"init_samples must be positive, not {self.init_samples}")

@@ -1,7 +1,7 @@
 """Training records as a table that any spreadsheet opens.
 
 A record has the keys of its dictionary: the same ones from the first on, as far as an architecture names its terms from the
-start. One that does not, or several dictionaries that share a logger, bring keys that were not there before. A CSV file has
+start. One that does not, or several dictionaries that share a file, bring keys that were not there before. A CSV file has
 its columns in its first line, so that then the file is written anew with the columns that it has come to need.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TextIO, final
 
 from sae_core.config import option
 from sae_core.errors import FormatError
+from sae_core.protocols import RunFacts
 
 __all__ = ["CsvConfig", "CsvLogger"]
 
@@ -25,6 +26,9 @@ class CsvConfig:
     """Config of `CsvLogger`."""
 
     path: Path = option(help="file to append to, a line a record; cells are empty for what is not known")
+    label: bool = option(
+        default=True, help="where a run has several dictionaries, a first column sae: NAME, as they share the file"
+    )
 
 
 @final
@@ -39,9 +43,16 @@ class CsvLogger:
 
     def __init__(self, config: CsvConfig) -> None:
         self._path = config.path.absolute()
+        self._labels = config.label
+        self._label: dict[str, str] = {}
+
+    def start(self, run: RunFacts) -> None:
+        """Remember whose records these are."""
+        self._label = {"sae": run.name} if run.name and self._labels else {}
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append `record`."""
+        record = {**self._label, **record}
         columns = self._columns()  # asked each time: another dictionary's logger may have written to the same file
         wanted = [*columns, *(key for key in record if key not in columns)]
         try:

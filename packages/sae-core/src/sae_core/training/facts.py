@@ -32,7 +32,8 @@ __all__ = [
 
 MAY_CHANGE = (
     "total_samples", "lr", "lr_warmup_samples", "lr_decay_samples", "grad_clip_norm", "log_every_steps",
-    "checkpoint_every_samples", "checkpoint_every_minutes", "keep_last", "progress_bar",
+    "checkpoint_every_samples", "checkpoint_every_minutes", "keep_last",
+    "progress_bar",
 )  # fmt: skip
 """Fields of `TrainConfig` that may differ when a run goes on; they count from there."""
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from sae_core.training.learner import Learner
 
-__all__ = ["health"]
+__all__ = ["duplicates", "health"]
 
+_ALIKE, _MANY_ALIKE, _ASKED, _AT_ONCE = 0.95, 0.01, 8192, 1024
 _MANY_DEAD, _MANY_STILL, _OFTEN, _MANY_OFTEN, _OFF = 0.1, 0.1, 0.5, 0.01, 0.1
 
 
 def health(learner: Learner) -> list[str]:
-    """Findings about dead, dense and never trained latents, and about an L0 that was asked for; empty when all is well.
+    """Findings about dead, dense, duplicate and never trained latents, and about an L0 that was asked for; none when all is
+    well.
 
-    Looks at the last record, at how often latents fired over the last tenth of the run, and at Adam's moments.
+    Looks at the last record, at how often latents fired over the last tenth of the run, at decoder rows, and at Adam's moments.
     """
-    return [*_dead(learner), *_dense(learner), *_still(learner), *_sparsity(learner)]
+    return [*_dead(learner), *_dense(learner), *_alike(learner), *_still(learner), *_sparsity(learner)]
 
 
 def _dead(learner: Learner) -> Iterator[str]:
@@ -24,7 +29,8 @@ def _dead(learner: Learner) -> Iterator[str]:
     if fraction is not None and fraction > _MANY_DEAD:
         yield (
             f"{fraction:.0%} of the latents are dead (silent for {learner.dead.after:,} samples): use a smaller dictionary, a "
-            "lower lr, or a larger weight of the loss that revives dead latents, if the architecture has one"
+            "lower lr, a larger weight of the loss that revives dead latents if the architecture has one, or "
+            "train.resample_dead_every_samples"
         )
 
 
@@ -38,6 +44,38 @@ def _dense(learner: Learner) -> Iterator[str]:
             f"{often} of {learner.sae.d_sae} latents fire on more than half of the samples: ask for more sparsity, or look "
             "whether the activations have a large mean that init_b_dec should take up"
         )
+
+
+def _alike(learner: Learner) -> Iterator[str]:
+    density = learner.firing_density()
+    if density is None:
+        return
+    share = duplicates(learner.sae.directions()[(density > 0).to(learner.sae.device)])
+    if share > _MANY_ALIKE:
+        yield (
+            f"{share:.0%} of the latents that fire have a twin, another one with a decoder row of cosine {_ALIKE} or more: use "
+            "a smaller dictionary, or ask for more sparsity"
+        )
+
+
+@torch.no_grad()
+def duplicates(rows_FO: Tensor) -> float:
+    """The share of rows (n, d_out) that have another one at a cosine of 0.95 or more; of many rows, that of 8192 of them.
+
+    >>> duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]))
+    0.5
+    """
+    count = rows_FO.shape[0]
+    if count < 2:
+        return 0.0
+    unit_FO = torch.nn.functional.normalize(rows_FO.float(), dim=-1)
+    asked = torch.arange(0, count, max(1, -(-count // _ASKED)), device=rows_FO.device)
+    twins = 0
+    for part in asked.split(_AT_ONCE):  # never all cosines at once
+        cosines = unit_FO[part] @ unit_FO.t()
+        cosines[torch.arange(len(part), device=part.device), part] = -1.0
+        twins += int((cosines.amax(dim=1) >= _ALIKE).sum())
+    return twins / len(asked)
 
 
 def _still(learner: Learner) -> Iterator[str]:

@@ -19,11 +19,13 @@ from sae_core.config import ends_of, require, structure, unstructure, value_at
 from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
+from sae_core.ops.mixed import dense_products_in
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.monitor import DeadLatents, Window, check_batch
 from sae_core.training.optimizer import clipped_step
+from sae_core.training.resampling import forget_moments, resample
 from sae_core.training.row_blocks import StepResult, forward_and_backward
 from sae_core.training.schedules import learning_rate_factor
 from sae_core.training.steering import CoefficientSteering
@@ -36,6 +38,7 @@ Record = dict[str, float | None]
 _FAR_BELOW_ZERO = -10.0
 _ERROR_GREW = 10.0
 _LAST_PART = 0.9
+_RESAMPLED_PART = 0.8
 
 
 class DivergedError(DataError):
@@ -54,6 +57,15 @@ class Learner:
             config.encoder_product == "full" or sae.has_encoder_product,
             f"encoder_product: {config.encoder_product} makes no difference to {sae.architecture}, which has no large encoder "
             "product of the ops; remove it",
+        )
+        require(
+            config.precision == "full" or sae.has_encoder_product,
+            f"precision: {config.precision} makes no difference to {sae.architecture}, which has no dense products of the ops; "
+            "remove it",
+        )
+        require(
+            config.resample_dead_every_samples is None or sae.restarts_latents,
+            f"resample_dead_every_samples: latents of {sae.architecture} cannot be restarted; remove it",
         )
         self.sae = sae
         self.config = config
@@ -80,6 +92,8 @@ class Learner:
                 every=config.dead_refresh_steps,
             )
         self.density: float | None = None
+        self._resampled = 0  # since the last record
+        self._gathered_rows = 0  # whose gradients wait for the optimiser's step
         self._dead_indices: Tensor | None = None
         self._bad_since: Tensor | None = None
         self._first_error: Tensor | None = None
@@ -130,11 +144,15 @@ class Learner:
         context = self._context(self._dead_indices)
         rows = rows_of(placed, self.sae.d_in)
         self._set_optimizer(rows, context.progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        result = forward_and_backward(self.sae, placed, context)
-        clip = self.config.grad_clip_norm
-        clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
-        self.sae.after_step()
+        if not self._gathered_rows:
+            self.optimizer.zero_grad(set_to_none=True)
+        gathers = self.config.gradient_accumulation_steps > 1
+        with dense_products_in(torch.bfloat16 if self.config.precision == "bfloat16" else None):
+            result = forward_and_backward(self.sae, placed, context, weight=rows if gathers else 1.0)
+        if not gathers or self._all_gathered(rows):
+            clip = self.config.grad_clip_norm
+            clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
+            self.sae.after_step()
         self.window.add(result)
         self.dead.add(result)
         if context.progress >= _LAST_PART:
@@ -146,7 +164,39 @@ class Learner:
             self._first_error = _error(result)
         self.samples += rows
         self.steps += 1
+        if self._resampling_is_due(rows):
+            self._resample(placed, result)
         return result
+
+    def _all_gathered(self, rows: int) -> bool:
+        """Count a batch's gradients, which are sums over rows, and make the mean of them when enough have come together."""
+        self._gathered_rows += rows
+        last = self.samples + rows >= self.config.total_samples
+        if (self.steps + 1) % self.config.gradient_accumulation_steps and not last:
+            return False
+        for parameter in self.sae.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / self._gathered_rows)
+        self._gathered_rows = 0
+        return True
+
+    def _resampling_is_due(self, rows: int) -> bool:
+        every, total = self.config.resample_dead_every_samples, self.config.total_samples
+        if every is None or self.samples > _RESAMPLED_PART * total:
+            return False
+        size = max(samples_of(every, total), 1)
+        return self.samples // size > (self.samples - rows) // size
+
+    def _resample(self, batch: ActivationBatch, result: StepResult) -> None:
+        """Look for dead latents, which waits for the device, and start them anew."""
+        latents = self.dead.indices()
+        if latents is None:
+            return
+        resample(self.sae, latents, batch, result, seed=self.samples)
+        forget_moments(self.optimizer, self.sae, latents)
+        self.dead.samples_since_fired[latents] = 0
+        self._dead_indices = None
+        self._resampled += len(latents)
 
     def flush(self) -> Record | None:
         """The record of the steps since the last flush; None when there were none.
@@ -172,8 +222,10 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
             **means,
             **({} if self.steering is None else {"sparsity_coefficient": self.steering.coefficient}),
+            **({} if self.config.resample_dead_every_samples is None else {"resampled": self._resampled}),
             "dead_fraction": (0 if dead is None else dead.numel()) / self.sae.d_sae if known else None,
         }
+        self._resampled = 0
         self.history.append(record)
         return record
 
@@ -204,6 +256,9 @@ class Learner:
             "dead": self._dead_indices,
             "fired": self._fired,
             "fired_rows": self._fired_rows,
+            "resampled": self._resampled,
+            "gathered_rows": self._gathered_rows,
+            "gradients": self._gathered(),
             "density": self.density,
             "steering": None if self.steering is None else self.steering.state_dict(),
             "bad_since": self._bad_since,
@@ -213,6 +268,11 @@ class Learner:
             "steps": self.steps,
             "history": self.history,
         }
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """Gradients that wait for the optimiser's step."""
+        named = self.sae.named_parameters() if self._gathered_rows else ()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved state. Raises FormatError where it belongs to another dictionary."""
@@ -231,6 +291,10 @@ class Learner:
         self.dead.samples_since_fired.copy_(state["silent_samples"])
         self._fired.copy_(state["fired"])
         self._fired_rows = state["fired_rows"]
+        self._resampled, self._gathered_rows = state["resampled"], state["gathered_rows"]
+        for name, gradient in state["gradients"].items():
+            parameter = self.sae.get_parameter(name)
+            parameter.grad = gradient.to(device, parameter.dtype)
         self._dead_indices, self._bad_since, self._first_error = (
             None if state[key] is None else state[key].to(device) for key in ("dead", "bad_since", "first_error")
         )
@@ -262,7 +326,9 @@ class Learner:
             progress=min(self.samples / self.config.total_samples, 1.0),
             dead=dead,
             density=self.density,
-            product_dtype=torch.bfloat16 if self.config.encoder_product == "bfloat16" else None,
+            product_dtype=torch.bfloat16
+            if "bfloat16" in (self.config.encoder_product, self.config.precision)
+            else None,
         )
 
     def _set_optimizer(self, rows: int, progress: float) -> None:

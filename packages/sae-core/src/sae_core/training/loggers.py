@@ -12,9 +12,13 @@ from typing import Any, ClassVar, TextIO, final
 
 from sae_core.config import option
 from sae_core.errors import FormatError
-from sae_core.protocols import Logger
+from sae_core.protocols import RunFacts
 
-__all__ = ["JsonlConfig", "JsonlLogger", "NamedLogger"]
+__all__ = ["JsonlConfig", "JsonlLogger", "LogError"]
+
+
+class LogError(FormatError):
+    """The log that a run keeps cannot be written; the run ends, since nobody could say afterwards what it did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,10 @@ class JsonlConfig:
     """Config of `JsonlLogger`."""
 
     path: Path = option(help="file to append to, one JSON object a line")
+    label: bool = option(
+        default=True,
+        help="where a run has several dictionaries, begin each line with sae: NAME, as they share the file",
+    )
 
 
 @final
@@ -35,11 +43,17 @@ class JsonlLogger:
 
     def __init__(self, config: JsonlConfig) -> None:
         self._path = config.path.absolute()
+        self._labels = config.label
+        self._label: dict[str, str] = {}
         self._file: TextIO | None = None  # opened by the first record
 
+    def start(self, run: RunFacts) -> None:
+        """Remember whose records these are."""
+        self._label = {"sae": run.name} if run.name and self._labels else {}
+
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
-        """Append `record`. Raises FormatError when the disk refuses."""
-        line = json.dumps(dict(record), allow_nan=False) + "\n"
+        """Append `record`. Raises LogError when the disk refuses."""
+        line = json.dumps({**self._label, **record}, allow_nan=False) + "\n"
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +61,7 @@ class JsonlLogger:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise FormatError(f"{self._path}: the log cannot be written: {error.strerror}") from None
+            raise LogError(f"{self._path}: the log cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the file; another record would open it again."""
@@ -74,19 +88,3 @@ class JsonlLogger:
 
     def _size(self) -> int:
         return self._path.stat().st_size if self._path.exists() else 0
-
-
-@final
-class NamedLogger:
-    """Passes records on with ``sae: NAME`` in front, for one logger that receives those of several dictionaries."""
-
-    def __init__(self, logger: Logger, name: str) -> None:
-        self._logger, self._name = logger, name
-
-    def log(self, record: Mapping[str, float | int | str | None]) -> None:
-        """Pass `record` on."""
-        self._logger.log({"sae": self._name, **record})
-
-    def close(self) -> None:
-        """Close the logger behind."""
-        self._logger.close()

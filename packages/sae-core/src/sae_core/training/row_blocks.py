@@ -65,14 +65,16 @@ class StepResult:
         )
 
 
-def forward_and_backward(sae: Dictionary, batch: ActivationBatch, context: StepContext) -> StepResult:
-    """One step's passes; gradients are added to the parameters' ``.grad``."""
+def forward_and_backward(
+    sae: Dictionary, batch: ActivationBatch, context: StepContext, weight: float = 1.0
+) -> StepResult:
+    """One step's passes; gradients, those of the loss times `weight`, are added to the parameters' ``.grad``."""
     rows = batch.inputs.numel() // sae.d_in
     blocks = -(-rows * sae.d_sae // _BLOCK_ENTRIES)
     dense = not prefer_sparse(d_sae=sae.d_sae, density=context.density, device=sae.device)
     if blocks <= 1 or not dense or not sae.loss_is_mean_over_rows:
         output = sae.training_step(batch, context)
-        output.loss.backward()
+        (output.loss if weight == 1.0 else output.loss * weight).backward()
         return StepResult.of(output)
     parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
     gradients: list[Tensor | None] = [None] * len(parameters)
@@ -81,7 +83,7 @@ def forward_and_backward(sae: Dictionary, batch: ActivationBatch, context: StepC
         for block in _split(batch, blocks):
             output = sae.training_step(block, context)
             share = output.target.shape[0] / rows
-            found = torch.autograd.grad(output.loss * share, parameters, allow_unused=True)
+            found = torch.autograd.grad(output.loss * (share * weight), parameters, allow_unused=True)
             gradients = [_added(g, more) for g, more in zip(gradients, found, strict=True)]
             results.append(StepResult.of(output, share))
             del output, found

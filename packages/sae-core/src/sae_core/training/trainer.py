@@ -12,6 +12,7 @@ one seed give the same bits on one machine's CPU, and so does a run that was kil
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import warnings
@@ -22,15 +23,16 @@ from pathlib import Path
 from typing import Any, cast, final
 
 import torch
+from torch import Tensor
 
 from sae_core.config import require, structure, unstructure
 from sae_core.data.stream import Batch, Stream, rows_of
 from sae_core.data.wiring import Wiring
-from sae_core.errors import ConfigError, DataError, FormatError, SaeCoreError, UnknownNameError
+from sae_core.errors import ConfigError, DataError, FormatError, UnknownNameError
 from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.plugins import PluginWarning
-from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable
+from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable, RunFacts
 from sae_core.sae import SAE, create
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig, samples_of
@@ -45,6 +47,7 @@ from sae_core.training.facts import (
 from sae_core.training.health import health
 from sae_core.training.held_out import HeldOut
 from sae_core.training.learner import DivergedError, Learner, Record
+from sae_core.training.loggers import LogError
 from sae_core.training.row_blocks import StepResult
 
 __all__ = ["Callback", "Progress", "Record", "TrainResult", "Trainer"]
@@ -83,6 +86,8 @@ class TrainResult:
     dropped: str | None = None
     health: list[str] = field(default_factory=list[str])
     """What is not well, and what to do about it."""
+    density: Tensor | None = None
+    """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it."""
 
 
 @final
@@ -91,9 +96,10 @@ class Trainer:
 
     `source` may be any ActivationSource or an iterable of batches, tensors (batch, d_in) or `ActivationBatch`. `config` is
     one for all or one for each name; settings that belong to the stream (batch_size and the checkpoint policy) must agree.
-    `callbacks` are called after every step with a `Progress`; `loggers` receive every record, one list for all or one for
-    each name. `checkpoints` is a folder; without one, none are written but by `save`. `held_out` measures on other data now and
-    then, and its numbers come into the records.
+    `callbacks` are called after every step with a `Progress`; `loggers` receive every record, a list for each name where there
+    are several SAEs. `checkpoints` is a folder; without one, none are written but by `save`. `held_out` measures on other data
+    now and then, and its numbers come into the records. `facts` are what loggers are told, by name; None: the settings of SAE
+    and training.
 
     >>> batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     >>> saes = {f"k={k}": create("topk", d_in=8, d_sae=16, k=k) for k in (1, 2)}
@@ -112,6 +118,7 @@ class Trainer:
         *,
         checkpoints: str | Path | None = None,
         held_out: HeldOut | None = None,
+        facts: Mapping[str, RunFacts] | None = None,
     ) -> None:
         named = {"": saes} if isinstance(saes, SAE) else dict(saes)
         require(len(named) > 0, "there is no SAE to train")
@@ -123,9 +130,15 @@ class Trainer:
         }
         self.source = source
         self.callbacks = list(callbacks)
+        require(
+            len(named) == 1 or isinstance(loggers, Mapping) or not loggers,
+            "loggers: several SAEs are trained, and a logger receives the records of one; give a list for each name",
+        )
         self.loggers = {
             name: list(_of_name(loggers, name) if isinstance(loggers, Mapping) else loggers) for name in named
         }
+        self._run_facts = facts
+        self._told = False
         self.learners = {name: Learner(sae, configs[name], wirings[name]) for name, sae in named.items()}
         self.dropped: dict[str, str] = {}
         self._initial = {
@@ -216,7 +229,13 @@ class Trainer:
         """What has come out so far, by name."""
         return {
             name: TrainResult(
-                each.sae.eval(), each.history, each.samples, seconds, self.dropped.get(name), health(each)
+                each.sae.eval(),
+                each.history,
+                each.samples,
+                seconds,
+                self.dropped.get(name),
+                health(each),
+                each.firing_density(),
             )
             for name, each in self.learners.items()
         }
@@ -234,6 +253,7 @@ class Trainer:
         self._stop = False
         try:
             with large_memory_is_kept(), self._progress_bar() as bar:
+                self._start_loggers()
                 self._initialise(bar)
                 self._check_that_they_can_be_saved()
                 self._loop(bar)
@@ -251,9 +271,17 @@ class Trainer:
 
     def close(self) -> None:
         """Close the loggers; `fit` does so when it has ended, unless it was stopped and may go on."""
-        for name, logger in {id(each): (name, each) for name, some in self.loggers.items() for each in some}.values():
+        for name, some in self.loggers.items():
+            for logger in list(some):
+                with self._forgiving(name, logger):
+                    logger.close()
+
+    def log(self, record: Mapping[str, float | int | str | None], name: str = "") -> None:
+        """Give one more record to the loggers of a dictionary. What one of them raises is reported, and it is left out."""
+        self._start_loggers()
+        for logger in list(self.loggers[name]):
             with self._forgiving(name, logger):
-                logger.close()
+                logger.log(record)
 
     def stop(self) -> None:
         """Have `fit` end after the step that is running; may be called from a callback or a signal handler."""
@@ -445,6 +473,7 @@ class Trainer:
 
     def _step(self, name: str, batch: Batch) -> StepResult:
         learner = self.learners[name]
+        self._start_loggers()
         result = learner.step(batch)
         due = learner.steps % learner.config.log_every_steps == 0 or learner.finished
         record = self._flush(name) if due else None
@@ -465,17 +494,33 @@ class Trainer:
         if record is not None:
             if self._held_out is not None:
                 self._held_out(self.learners[name], record)
-            for logger in list(self.loggers[name]):
-                with self._forgiving(name, logger):
-                    logger.log(record)
+            self.log(record, name)
         return record
+
+    def _start_loggers(self) -> None:
+        """Tell every logger once what run this is."""
+        if self._told:
+            return
+        self._told = True
+        for name, some in self.loggers.items():
+            facts = self._facts_for_loggers(name)
+            for logger in list(some):
+                with self._forgiving(name, logger):
+                    logger.start(facts)
+
+    def _facts_for_loggers(self, name: str) -> RunFacts:
+        learner = self.learners[name]
+        if self._run_facts is not None:
+            return dataclasses.replace(_of_name(self._run_facts, name), steps=learner.steps)
+        config = {"sae": self._initial[name], "train": unstructure(learner.config)}
+        return RunFacts(sae=learner.sae, name=name, config=config, steps=learner.steps)
 
     @contextmanager
     def _forgiving(self, name: str, logger: Logger) -> Generator[None]:
         """A logger that fails is reported once and left out; where our own log cannot be written, the run ends."""
         try:
             yield
-        except SaeCoreError:
+        except LogError:
             raise
         except Exception as error:  # noqa: BLE001 - it may be anything, and days of training are worth more
             if logger in self.loggers[name]:
