@@ -27,7 +27,7 @@ from sae_core.plugins import (
     get_registry,
     reset_registry,
 )
-from sae_core.sae import Axis, Export, Prepared, SAEConfig, StepContext, StepOutput
+from sae_core.sae import Axis, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 from torch import Tensor, nn
 
 HERE = __name__
@@ -280,3 +280,76 @@ def test_the_marker_of_hooks_is_found_where_authors_look_for_it() -> None:
     from sae_core.plugins import hookimpl as same
 
     assert hookimpl is same
+
+
+def test_settings_of_training_come_back_whoever_provides_the_architecture(registered: Any, tmp_path: Path) -> None:
+    """Under names that SAELens uses too, and that a file leaves out where they are the default."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class WeighedConfig(LinearConfig):
+        l1_coefficient: float = training_option(default=0.1, help="of the penalty")
+        k: int = option(default=7, help="left out of files where it is 7", omit_default=True)
+
+    class Weighed(Ramp):
+        """Has a setting of training."""
+
+        architecture: ClassVar[str] = "weighed"
+        config_class: ClassVar[type[SAEConfig]] = WeighedConfig
+
+    registered(Weighed)
+    config = create("weighed", d_in=6, d_sae=12, l1_coefficient=0.7).config
+    path = create("weighed", d_in=6, d_sae=12, l1_coefficient=0.7).save(tmp_path / "sae")
+    assert SAE.load(path).config == config
+    assert SAE.load(path, form="training").config == config
+    reset_registry()
+    spec = ArchitectureSpec(name="weighed", target="cells_of_a_notebook:Weighed", summary="of a test")
+    get_registry().register(spec, "sae-weighed")  # the notebook has become a package
+    assert SAE.load(path).config == config
+
+
+def test_a_precision_that_an_objective_keeps_from_the_ops_is_refused_before_the_first_step(registered: Any) -> None:
+    class Deaf(Ramp):
+        """Does not pass the context on."""
+
+        architecture: ClassVar[str] = "deaf"
+
+        def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+            return super().objective(prepared, target, StepContext())
+
+    registered(Ramp)
+    registered(Deaf)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(total_samples=8, batch_size=8, encoder_product="bfloat16", progress_bar=False)
+    Trainer(create("ramp", d_in=6, d_sae=12), [x], config).fit()
+    deaf = create("deaf", d_in=6, d_sae=12)
+    before = deaf.W_dec.clone()
+    with pytest.raises(ConfigError, match="encoder_product: bfloat16 makes no difference to deaf, whose objective"):
+        Trainer(deaf, [x], config).fit()
+    assert torch.equal(deaf.W_dec, before)
+
+
+def test_a_training_form_whose_package_has_another_name_can_be_claimed(registered: Any, tmp_path: Path) -> None:
+    class Formal(Ramp):
+        """Is saved as something else."""
+
+        architecture: ClassVar[str] = "formal"
+
+        def export(self) -> Export:
+            from sae_core.architectures.standard import StandardConfig
+
+            return Export("standard", StandardConfig(d_in=6, d_sae=12), self.in_files(self.tensors()))
+
+    registered(Formal)
+    saved = create("formal", d_in=6, d_sae=12, seed=3)
+    path = saved.save(tmp_path / "sae")
+    reset_registry()
+    assert SAE.load(path).architecture == "standard"
+    with pytest.raises(UnknownNameError, match=r"training_form\.safetensors: unknown architecture[\s\S]*overrides="):
+        SAE.load(path, form="training")
+    spec = ArchitectureSpec(name="formal", target="cells_of_a_notebook:Formal", summary="of a test")
+    get_registry().register(spec, "sae-other")
+    claimed = SAE.load(path, form="training", overrides={"architecture": "sae-other:formal"})
+    assert type(claimed) is Formal
+    assert torch.equal(claimed.encoder, saved.encoder)
+    with pytest.raises(ConfigError, match="of overrides only architecture"):
+        SAE.load(path, form="training", overrides={"k": 3})

@@ -91,11 +91,14 @@ class SAE(Dictionary[ConfigT_co]):
         if form == "training":
             from sae_core.format.training_form import load_training_form
 
-            if format is not None or overrides or rows is not None:
+            claimed = dict(overrides or {})
+            architecture = claimed.pop("architecture", None)
+            if format is not None or claimed or rows is not None:
                 raise ConfigError(
-                    "form='training' is of SAEs that sae.save wrote: it takes neither format, overrides nor rows"
+                    "form='training' is of SAEs that sae.save wrote: it takes neither format nor rows, and of overrides only "
+                    "architecture"
                 )
-            return cast("SAE", load_training_form(Path(path), device=device, dtype=dtype))
+            return cast("SAE", load_training_form(Path(path), device=device, dtype=dtype, architecture=architecture))
         if form != "inference":  # pyright: ignore[reportUnnecessaryComparison] - what callers give is not checked
             raise ConfigError(f"form must be 'inference' or 'training', not {form!r}")
         found = load_sae(

@@ -75,6 +75,7 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
 
     architecture: ClassVar[str] = "matryoshka_l1"
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaL1Config
+    has_encoder_product: ClassVar[bool] = False  # its product is dense: the penalties read every latent
 
     folds: ClassVar[bool] = True
     independent_latents: ClassVar[bool] = True

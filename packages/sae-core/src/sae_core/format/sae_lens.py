@@ -136,8 +136,8 @@ class SaeLensLoader:
         cfg |= {key: value for key, value in facts.items() if key in fields}
         metadata |= {key: value for key, value in facts.items() if key not in fields}
         config = _sort(cfg, architecture, metadata, fields, where)
-        config = _as_trained(config, architecture, metadata, sae_class)
-        if architecture == written:
+        config = _as_trained(config, written, metadata, sae_class)
+        if architecture == written and not _by_a_plugin(metadata):  # whose fields may have the same names
             config = {**{key: value for key, value in _DEFAULTS.items() if key in fields}, **config}
         if weights:
             _upgrade_tensors(tensors, sae_class, f"{source.location}/{join(folder, WEIGHTS_FILE)}")
@@ -147,12 +147,14 @@ class SaeLensLoader:
 
 
 def _as_trained(
-    config: dict[str, Any], architecture: str, metadata: Mapping[str, Any], sae_class: type[Dictionary]
+    config: dict[str, Any], written: str, metadata: Mapping[str, Any], sae_class: type[Dictionary]
 ) -> dict[str, Any]:
-    """`config` with the fields that only training reads, as the run had them that `sae.save` recorded."""
+    """`config` with the fields that only training reads, as the run had them that `sae.save` recorded; `written` is the
+    architecture's name in the file, which has no owner.
+    """
     ours = metadata.get("sae_core")
     recorded = cast("Mapping[str, Any]", ours).get("training_config") if isinstance(ours, Mapping) else None
-    if not isinstance(recorded, Mapping) or metadata.get("training_architecture") != architecture:
+    if not isinstance(recorded, Mapping) or metadata.get("training_architecture") != written:
         return config
     known = cast("Mapping[str, Any]", recorded)
     names = [field.name for field in dataclasses.fields(sae_class.config_class) if field.metadata.get("training")]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_core.config import structure, unstructure
-from sae_core.errors import FormatError
+from sae_core.errors import FormatError, UnknownNameError
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles, read_safetensors
+from sae_core.format.hook_names import spell_hook_names
 from sae_core.format.pair import read_pair, said_in_header
 from sae_core.format.sae_lens_names import of_its_provider
 from sae_core.format.tensors import plain_tensor
@@ -52,9 +53,13 @@ def training_header(sae: Dictionary, weights: str) -> Callable[[Mapping[str, str
 
 
 def load_training_form(
-    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    architecture: str | None = None,
 ) -> Dictionary:
-    """The SAE in `path` as it was in training, in train mode.
+    """The SAE in `path` as it was in training, in train mode; `architecture` is what provides it now, if that has another name.
 
     That is the inference form itself where it holds everything. Raises FormatError where it does not and there is no training
     form, or one of another save.
@@ -62,10 +67,11 @@ def load_training_form(
     from sae_core.dictionary import as_device, as_dtype
     from sae_core.format.read import load_sae
 
-    sae = load_sae(path, device=device, dtype=dtype, format="sae_lens")
     file = path / TRAINING_FILE
     said = said_in_header(file) if file.is_file() else None
     if said is None:
+        claimed = None if architecture is None else {"architecture": architecture}
+        sae = load_sae(path, device=device, dtype=dtype, format="sae_lens", overrides=claimed)
         trained_as = sae.metadata.get("training_architecture", sae.architecture)
         if trained_as != sae.architecture:
             raise FormatError(
@@ -79,7 +85,13 @@ def load_training_form(
             f"{file}: it belongs to another save than {WEIGHTS_FILE} and {CONFIG_FILE}; remove it, or save again"
         )
     name, provider = str(said.get("architecture")), str(said.get("provider", ""))
-    sae_class = cast("type[Dictionary]", get_registry().usable("architecture", of_its_provider(name, provider)))
+    known = of_its_provider(name, provider) if architecture is None else architecture
+    try:
+        sae_class = cast("type[Dictionary]", get_registry().usable("architecture", known))
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"{file}: {error}\nif another package provides it now, load with overrides={{'architecture': 'distribution:name'}}"
+        ) from None
     config = said.get("config")
     trained = sae_class(structure(cast("Mapping[str, Any]", config), sae_class.config_class, where=f"{file}: config"))
     tensors = {key: plain_tensor(tensor, key, str(file)) for key, tensor in read_safetensors(file).items()}
@@ -90,5 +102,5 @@ def load_training_form(
     trained.load_state_dict(tensors, assign=True)
     if dtype is not None:
         trained.to(as_dtype(dtype))
-    trained.metadata = dict(sae.metadata)
+    trained.metadata = spell_hook_names(cfg["metadata"])
     return trained.to(as_device(device)).train()

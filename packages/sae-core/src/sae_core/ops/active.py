@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_core.codes import Codes, DenseCodes
 from sae_core.ops.dispatch import prefer_sparse
-from sae_core.ops.encode import encode_dense, encode_entries
+from sae_core.ops.encode import encode_dense, encode_entries, heeded
 from sae_core.ops.select import Above
 
 __all__ = ["encode_active"]
@@ -34,6 +34,7 @@ def encode_active(
     Dense codes hold all pre-activations, sparse ones just those above. `density` is the expected fraction of active
     latents; without it the first rows are looked at.
     """
+    heeded(product_dtype)  # of no use to dense codes, which this step's may be and the next one's not
     if density is None and x_RD.device.type == "cpu" and x_RD.shape[0] > 4 * _PROBE_ROWS:
         with torch.no_grad():
             probe = encode_dense(x_RD[:_PROBE_ROWS], centre_D, W_FD, b_F) > threshold

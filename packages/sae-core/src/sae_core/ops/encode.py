@@ -17,6 +17,9 @@ The encoder is latent-major here, (d_sae, d_in), the transpose of the field's W_
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -29,9 +32,30 @@ from sae_core.ops.mixed import dense_dtype, dense_product
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.select import Selection
 
-__all__ = ["encode_dense", "encode_entries"]
+__all__ = ["encode_dense", "encode_entries", "heeded", "heeds"]
 
 _CAST_ROWS = 1024
+
+
+_HEEDED: ContextVar[list[torch.dtype] | None] = ContextVar("precisions that products were asked for", default=None)
+
+
+@contextmanager
+def heeds() -> Generator[list[torch.dtype]]:
+    """Collects every `product_dtype` that an op is given within: whoever offers one learns whether anybody took it."""
+    found: list[torch.dtype] = []
+    token = _HEEDED.set(found)
+    try:
+        yield found
+    finally:
+        _HEEDED.reset(token)
+
+
+def heeded(product_dtype: torch.dtype | None) -> None:
+    """Called by every op that takes a `product_dtype`."""
+    found = _HEEDED.get()
+    if found is not None and product_dtype is not None:
+        found.append(product_dtype)
 
 
 def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
@@ -53,6 +77,7 @@ def encode_entries(
     With `product_dtype` (bfloat16, say) the large product runs in that dtype and proposes entries, somewhat more than asked
     for; these are recomputed in full precision, and the selection is made among them by their exact values.
     """
+    heeded(product_dtype)
     selected: list[SparseCodes] = []
     values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_FD, b_F, selection, product_dtype, selected))
     return selected[0].with_values(values)

@@ -19,6 +19,7 @@ from sae_core.config import ends_of, require, structure, unstructure, value_at
 from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
+from sae_core.ops.encode import heeds
 from sae_core.ops.mixed import dense_products_in
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
@@ -351,7 +352,13 @@ class Learner:
         few = ActivationBatch(batch.inputs[:2], None if batch.targets is None else batch.targets[:2])
         self.sae.eval()  # running statistics stay as they are
         context = self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device))
-        output = self.sae.training_step(few, context)
+        with heeds() as precisions:
+            output = self.sae.training_step(few, context)
+        require(
+            self.config.encoder_product == "full" or len(precisions) > 0,
+            f"encoder_product: {self.config.encoder_product} makes no difference to {self.sae.architecture}, whose objective "
+            "does not give the context's product_dtype to the ops; remove it",
+        )
         self.window.announce(output.losses, output.metrics)
         self.sae.train(was)
 
