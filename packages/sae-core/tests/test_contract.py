@@ -234,7 +234,7 @@ def test_a_class_that_is_not_what_its_kind_asks_for_is_one_error_at_its_first_us
         (ArchitectureSpec, "not a subclass of sae_core.SAE"),
         (ActivationSourceSpec, "no batches, config_class"),
         (LoaderSpec, "no load, matches"),
-        (LoggerSpec, "no close, log, config_class"),
+        (LoggerSpec, "no close, log, start, config_class"),
         (CatalogueSpec, "no files, lookup, releases, sae_ids"),
         (CommandSpec, "no configure, run"),
     ):
