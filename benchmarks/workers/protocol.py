@@ -25,7 +25,11 @@ MARK = "reply: "
 
 @dataclass(frozen=True)
 class Spec:
-    """What to measure: `task` is training or inference, `density` the fraction of active latents, None at the start."""
+    """What to measure: `task` is training or inference, `density` the fraction of active latents, None at the start.
+
+    With `d_out` it is a transcoder, with several `sites` a crosscoder, with several `layers` a cross-layer transcoder; sites
+    and layers divide `d_in`.
+    """
 
     architecture: str
     task: str
@@ -38,6 +42,10 @@ class Spec:
     product: str = "full"
     widths: tuple[int, ...] = ()
     dead: int = 0
+    d_out: int | None = None
+    skip: bool = False
+    sites: int = 1
+    layers: int = 1
 
 
 @dataclass

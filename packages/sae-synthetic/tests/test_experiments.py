@@ -202,9 +202,8 @@ def test_synthsaebench_takes_steps_at_full_size() -> None:
 
 
 def _progress(l0: float, steps: int, sae: Any, batch: int = 100) -> Any:
-    codes = SimpleNamespace(l0=lambda: torch.full((4,), l0))
     trainer = SimpleNamespace(steps=steps, samples=steps * batch, sae=sae)
-    return SimpleNamespace(trainer=trainer, output=SimpleNamespace(codes=codes))
+    return SimpleNamespace(trainer=trainer, result=SimpleNamespace(l0=torch.full((4,), l0)))
 
 
 @pytest.mark.parametrize(("l0", "grows"), [(20.0, True), (2.0, False)])
