@@ -24,7 +24,7 @@ D_IN, D_SAE, D_OUT = 6, 16, 5
 READS = {"a": 4, "b": 2}
 LINEAR: dict[str, dict[str, Any]] = {
     "standard": {},
-    "gated": {"freeze_decoder_in_aux": False},
+    "gated": {},
     "topk": {"k": 4},
     "abstopk": {"k": 4},
     "groupmax": {"k": 4},

@@ -184,8 +184,8 @@ SMOOTH_UNFROZEN = {"jumprelu_sparsity_loss_mode": "tanh", "freeze_decoder_in_pre
 NESTED = {"k": 4.5, "matryoshka_widths": [12, 32]}
 CASES: dict[str, tuple[str, dict[str, Any], Twin]] = {
     "standard": ("standard", {"l1_coefficient": 0.3}, standard),
-    "gated": ("gated", {"l1_coefficient": 0.3}, gated),
-    "gated, not frozen": ("gated", {"l1_coefficient": 0.3, "freeze_decoder_in_aux": False}, gated_unfrozen),
+    "gated": ("gated", {"l1_coefficient": 0.3}, gated_unfrozen),
+    "gated, frozen": ("gated", {"l1_coefficient": 0.3, "freeze_decoder_in_aux": True}, gated),
     "topk": ("topk", {"k": 6}, topk),
     "abstopk": ("abstopk", {"k": 6}, abstopk),
     "groupmax": ("groupmax", {"k": 6}, groupmax),

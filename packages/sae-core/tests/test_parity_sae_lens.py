@@ -29,7 +29,6 @@ LOSS_NAMES = {
 }
 # What is deliberately another default here; docs/architectures.md says why.
 AS_SAE_LENS = {
-    "gated": {"freeze_decoder_in_aux": False},
     "batchtopk": {"topk_threshold_bias_correction": False},
     "matryoshka_batchtopk": {"topk_threshold_bias_correction": False},
 }
@@ -112,7 +111,7 @@ def test_the_running_threshold_moves_as_in_sae_lens(case: str) -> None:
     close(output.metrics["topk_threshold"], tensors["metric.topk_threshold"], "metric")
 
 
-def test_by_default_neither_the_gates_penalty_nor_its_own_reconstruction_trains_the_decoder() -> None:
+def test_frozen_neither_the_gates_penalty_nor_its_own_reconstruction_trains_the_decoder() -> None:
     """As in the paper; the loss is the same, and so is every gradient but the decoder's."""
     frozen, tensors = ours("gated", freeze_decoder_in_aux=True)
     output = step(frozen, tensors)

@@ -17,7 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     "standard, p < 1": {"lp_norm": 0.7},
     "standard, layer_norm": {"normalize_activations": "layer_norm"},
     "gated": {},
-    "gated, as in SAELens": {"freeze_decoder_in_aux": False},
+    "gated, frozen": {"freeze_decoder_in_aux": True},
     "jumprelu": {"pre_act_loss_coefficient": 0.1},
     "jumprelu, quadratic": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.0},
     "jumprelu, tanh": {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True},

@@ -5,9 +5,11 @@
     f = 1[gate > 0] magnitude,   y = f W_dec + b_dec
     loss = mean over rows of  |y - z|^2 + l1_coefficient * sum_i relu(gate_i) n*_i + |relu(gate) W_dec* + b_dec* - z|^2
 
-The L1 penalty shrinks the gate, not the magnitude, and the last term gives the gate a reason to be open. The stars stand for
-a frozen copy: the decoder must serve the magnitudes, not the gates. n are the decoder norms, and they are of the frozen copy
-as well: the paper holds them at 1, and a decoder that may shrink under the penalty, while the gains grow, escapes from it.
+The L1 penalty shrinks the gate, not the magnitude, and the last term gives the gate a reason to be open. n are the decoder
+norms. The paper lets neither starred term train the decoder (`freeze_decoder_in_aux`), which then serves the magnitudes
+alone. The norms are then constants too: the paper holds them at 1, and a decoder that may shrink under the penalty alone,
+while the gains grow, escapes from it. Where both terms train the decoder, as in SAELens and here by default, shrinking gains
+nothing, and latents find more of the features.
 
 Both paths share one product with W_enc, and wherever the gate is closed neither contributes; so only entries with an open
 gate are ever needed.
@@ -42,8 +44,8 @@ class GatedConfig(LinearConfig):
         default=1.0, help="weight of the gate's L1 penalty; a schedule from 0 is a warm-up"
     )
     freeze_decoder_in_aux: bool = training_option(
-        default=True,
-        help="the gate's penalty and its own reconstruction do not train the decoder (as the paper); false as in SAELens",
+        default=False,
+        help="true: the gate's penalty and its own reconstruction do not train the decoder, as in the paper",
     )
 
 
