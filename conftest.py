@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
 
 # A loaded machine is not a failure, and the same examples every time make a failure in CI repeatable here.
 settings.register_profile("workspace", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("workspace")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`-n auto`): they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Tests of one file run in one process, since they share models and worlds."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
