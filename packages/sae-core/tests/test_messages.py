@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from sae_core import SAE, create
-from sae_core.errors import UnknownNameError
+from sae_core.errors import FormatError, UnknownNameError
 from sae_core.testing import PluginFolder
 
 
@@ -33,6 +35,18 @@ def test_no_hook_is_suggested_for_what_is_near_none() -> None:
 def test_a_misspelt_owner_is_answered_with_the_name_that_was_meant(rival: type[SAE]) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'sae-rival:topk'"):
         create("sae-rivl:topk", d_in=4, d_sae=8)
+
+
+def test_files_of_no_known_format_say_which_packages_bring_more_unless_they_are_here(
+    site: PluginFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.bin").touch()
+    load = f"from sae_core import SAE\ntry: SAE.load({str(tmp_path)!r})\nexcept ValueError as error: print(error)"
+    said = site.python(load).stdout
+    assert "no known format (looked for: sae_lens)" in said
+    assert "further formats come with sae-loaders-gemmascope and sae-pretrained, not in use here" in said
+    with pytest.raises(FormatError, match=r"it holds: weights\.bin$"):
+        SAE.load(tmp_path)
 
 
 CATALOGUE = """

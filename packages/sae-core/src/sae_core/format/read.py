@@ -24,7 +24,7 @@ from sae_core.format.hook_names import spell_hook_names
 from sae_core.format.tensors import common_dtype, plain_tensor
 from sae_core.format.trouble import first_line, trouble
 from sae_core.plugins import PluginWarning, get_registry
-from sae_core.plugins.errors import one_line
+from sae_core.plugins.errors import OUR_EXTENSIONS, one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
 
 __all__ = ["Hints", "build_sae", "find_loader", "load_sae", "read_sae", "recognised"]
@@ -116,7 +116,16 @@ def find_loader(source: FileSource, folder: str = "") -> str:
             f"{place}: nothing here says which library wrote it; if you know, load with {', or '.join(hints)}"
         )
     known = ", ".join(contribution.spec.name for contribution in get_registry().contributions("loader"))
-    raise FormatError(f"{place}: no known format (looked for: {known}); it holds: {', '.join(here) or 'no files'}")
+    raise FormatError(
+        f"{place}: no known format (looked for: {known}); it holds: {', '.join(here) or 'no files'}{_more_formats()}"
+    )
+
+
+def _more_formats() -> str:
+    """Which packages of this project would bring further formats, as they are not in use."""
+    loaded = {plugin.distribution for plugin in get_registry().plugins() if plugin.state in ("loaded", "conflict")}
+    others = [name for name, gives in OUR_EXTENSIONS.items() if "loader" in gives and name not in loaded]
+    return f"; further formats come with {' and '.join(others)}, not in use here" if others else ""
 
 
 def recognised(

@@ -140,7 +140,9 @@ def sae_register_metrics(core_version: str) -> Iterable[MetricSpec]:  # pyright:
 @hookspec
 def sae_register_loggers(core_version: str) -> Iterable[LoggerSpec]:  # pyright: ignore[reportReturnType]
     """Destinations for training records. A logger runs only when a run asks for it by name. The target satisfies
-    `sae_core.protocols.Logger`, has a `config_class`, and takes one instance of it.
+    `sae_core.protocols.Logger`, has a `config_class`, and takes one instance of it. A run makes one logger for each
+    dictionary: `start(run)` tells it the settings, the folder and the dictionary (`RunFacts`), `log(record)` follows at
+    every flush, `close()` at the end. What it raises is reported once and never stops the run.
 
     ```python
     from sae_core.plugins import LoggerSpec, hookimpl
