@@ -49,3 +49,15 @@ def test_a_peer_that_is_not_there_is_named() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1
     assert "there is no interpreter /no/such/python" in run.stderr
+
+
+def test_what_a_run_costs_besides_its_steps_is_measured() -> None:
+    shape = ["--d-in", "8", "--d-sae", "64", "--batch", "32", "--steps", "5", "--checkpoints", "1", "--threads", "1"]
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "run_overhead.py"), *shape], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    rows = {cells[1].strip(): cells[2].strip() for line in run.stdout.splitlines() if len(cells := line.split("|")) > 3}
+    assert float(rows["step"].removesuffix(" ms")) > 0
+    assert float(rows["trainer / step"].removesuffix("%")) > 0
+    assert rows["checkpoint's size"].endswith("MiB")
