@@ -73,7 +73,10 @@ def _member(settings: dict[str, Any], train: TrainConfig, seed: int, name: str) 
     changes |= {key.removeprefix("train."): settings.pop(key) for key in list(settings) if key.startswith("train.")}
     seed = settings.pop("seed", seed)
     require(isinstance(seed, int) and not isinstance(seed, bool), f"{where}: seed must be a whole number, not {seed!r}")
-    require("architecture" in settings, f"{where}: missing key 'architecture'")
+    require(
+        "architecture" in settings or "start" in settings,
+        f"{where}: missing key 'architecture' (or start: the folder of a trained SAE to start from)",
+    )
     if changes:
         train = structure({**unstructure(train), **changes}, TrainConfig, where=f"{where}: train")
     return Member(sae=settings, seed=seed, train=train)

@@ -8,8 +8,10 @@ source: {name: synthetic, num_features: 256, d_in: 64}
 train: {total_samples: 1000000, batch_size: 1024, lr: 0.003}
 ```
 
-`sae` holds the architecture's fields (d_in comes from the source), `source` and each of `loggers` a registered name and that
-component's fields, `train` those of `TrainConfig`. Unknown keys are errors everywhere. The output folder receives the SAE,
+`sae` holds the architecture's fields (d_in comes from the source), or with ``start: FOLDER`` those that differ from a trained
+SAE, ours or a training checkpoint of SAELens, whose weights it starts from. `source` and each of `loggers` hold a registered
+name and that component's fields, `train` those of `TrainConfig`. Unknown keys are errors everywhere. The output folder receives
+the SAE,
 ``run.yaml`` with every default filled in and paths that mean the same from anywhere, ``log.jsonl`` and checkpoints. It is one
 run's alone: see `sae_core.run_folder`. A run that was stopped or killed goes on from its newest whole checkpoint and ends with
 the bits that it would have had.
@@ -69,7 +71,10 @@ class RunConfig:
     source: dict[str, Any] = option(help="name: NAME, and that activation source's fields")
     train: TrainConfig = option(help="how to train")
     output: Path = option(help="folder for the SAE, run.yaml and log.jsonl")
-    sae: dict[str, Any] | None = option(default=None, help="architecture: NAME, and that architecture's fields")
+    sae: dict[str, Any] | None = option(
+        default=None,
+        help="architecture: NAME, and that architecture's fields; or start: FOLDER of a trained SAE, and what differs from it",
+    )
     saes: list[dict[str, Any]] = option(
         default_factory=list,
         help="several, trained on one stream: for each what differs from `sae`, with name, seed and train: {...} of its own",
@@ -334,7 +339,10 @@ def resolved(
     """The run with every default filled in and paths made absolute, as plain data; a grid is written out."""
     config = getattr(source, "config", None)
     fields = unstructure(absolute_paths(config)) if dataclasses.is_dataclass(config) else {}
-    full = {name: {"architecture": named_architecture(sae), **unstructure(sae.config)} for name, sae in saes.items()}
+    full = {
+        name: {"architecture": named_architecture(sae), **unstructure(sae.config), **_start_of(members[name])}
+        for name, sae in saes.items()
+    }
     plain = {**unstructure(absolute_paths(run)), "source": {"name": run.source["name"], **fields}}
     if list(saes) == [""]:
         return {**plain, "sae": full[""], "seed": members[""].seed}
@@ -345,14 +353,39 @@ def resolved(
     return {**plain, "sae": None, "saes": several, "grid": {}}
 
 
+def _start_of(member: Member) -> dict[str, str]:
+    return {"start": str(Path(member.sae["start"]).absolute())} if "start" in member.sae else {}
+
+
 def _new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:
     try:
+        if "start" in member.sae:
+            return _started(run, member)
         given = {**member.sae, **_sites_read(member, source)}
         sae_class = cast("type[SAE]", get_registry().usable("architecture", str(given["architecture"])))
         fields: dict[str, Any] = {**fields_for(source, sae_class), **given}
         return create(fields.pop("architecture"), seed=member.seed, device=run.device, dtype=run.dtype, **fields)
     except ConfigError as error:
         raise ConfigError(f"saes: {name}: {error}" if name else str(error)) from None
+
+
+def _started(run: RunConfig, member: Member) -> SAE:
+    """An SAE with the weights, buffers and statistics of the one in the folder `start`; fields may differ where these fit.
+
+    Raises FormatError for a folder that holds no form that training can start from.
+    """
+    fields = dict(member.sae)
+    path = Path(fields.pop("start"))
+    found = SAE.load(path, form="training", device=run.device, dtype=run.dtype)
+    architecture = named_architecture(found)
+    asked = fields.pop("architecture", architecture)
+    require(asked == architecture, f"start: {path} holds a {architecture}, not a {asked}")
+    config = {**unstructure(found.config), **fields}
+    sae = create(architecture, seed=member.seed, device=run.device, dtype=run.dtype, **config)
+    have, want = ({key: tuple(t.shape) for key, t in each.state_dict().items()} for each in (found, sae))
+    require(have == want, f"start: the tensors of {path} do not fit what {', '.join(fields) or 'its config'} asks for")
+    sae.load_state_dict(found.state_dict())
+    return sae
 
 
 def _sites_read(member: Member, source: ActivationSource) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SaeLensLoader"]
 
+_SCALER_FILE = "activation_scaler.json"  # beside the weights in training checkpoints, which are for scaled activations
 _PARAMETER_FACTS = ("dtype", "device")  # where and how weights are held is the caller's choice, not config
 _TRAINING_FACTS = frozenset(
     {
@@ -131,6 +132,8 @@ class SaeLensLoader:
         facts.pop("architecture", None)
         ignored = facts.pop("ignore_keys", None) or []
         scale = facts.pop("norm_scaling_factor", None)
+        if scale is None and source.exists(join(folder, _SCALER_FILE)):
+            scale = read_json(source, join(folder, _SCALER_FILE)).get("scaling_factor")
         cfg = {key: value for key, value in cfg.items() if key not in ignored or key in fields}
         metadata = _facts_beside(cfg, metadata, fields, current, where)
         cfg |= {key: value for key, value in facts.items() if key in fields}
