@@ -1,7 +1,8 @@
 """Runs of every kind, killed at random moments, while they write a checkpoint and while they save at the end.
 
-Each ends, bit for bit, as the run that was left alone: weights, config, metadata and log. One architecture and a few moments
-are enough every time; SAE_CORE_ALL_KILLS=1 goes through all of them, twenty times each, which takes minutes.
+Each ends, bit for bit, as the run that was left alone: weights, config, metadata and log. Two runs and a few moments are enough
+every time; SAE_CORE_ALL_KILLS=1 goes through all of them, on synthetic data and in a tiny language model, twenty times each,
+which takes long.
 """
 
 from __future__ import annotations
@@ -28,13 +29,33 @@ SYNTHETIC = {
     "firing_probability": 0.1,
     "std_firing_magnitudes": 0.2,
 }
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+SITES = {"num_features": 40, "firing_probability": 0.1, "std_firing_magnitudes": 0.2, "sites": {"a": 8, "b": 6}}
+ON_SYNTHETIC: dict[str, dict[str, Any]] = {
     "topk": {"k": {"from": 6, "to": 3, "over": 0.5}},
     "batchtopk": {"k": 3, "normalize_activations": "expected_average_only_in"},
     "matryoshka_batchtopk": {"k": 3, "matryoshka_widths": [8, 16]},
     "jumprelu": {"l0_coefficient": 0.01, "pre_act_loss_coefficient": 0.001},
     "gated": {"l1_coefficient": 0.1},
     "standard": {"l1_coefficient": 0.05, "normalize_activations": "covariance_whitening"},
+}
+SKIP = {"architecture": "topk", "k": 3, "skip": True}
+CROSS = {"architecture": "batchtopk", "k": 3}
+RUNS: dict[str, dict[str, Any]] = {
+    **{name: {"sae": {"architecture": name, **fields}, "source": SYNTHETIC} for name, fields in ON_SYNTHETIC.items()},
+    "skip transcoder": {"sae": SKIP, "source": {"name": "synthetic_sites", **SITES, "targets": {"c": 10}}},
+    "crosscoder": {"sae": CROSS, "source": {"name": "synthetic_sites", **SITES}},
+}
+IN_A_MODEL: dict[str, dict[str, Any]] = {
+    **{name: {"sae": {"architecture": name, **fields}, "source": {}} for name, fields in ON_SYNTHETIC.items()},
+    "temporal": {
+        "sae": {"architecture": "temporal", "n_heads": 2, "bottleneck_factor": 4, "kval_topk": 3},
+        "source": {"sequences": True},
+    },
+    "skip transcoder": {
+        "sae": SKIP,
+        "source": {"hook": None, "reads": ["model.layers.0.mlp:input"], "writes": ["model.layers.0.mlp"]},
+    },
+    "crosscoder": {"sae": CROSS, "source": {"hook": None, "reads": ["model.layers.0", "model.layers.1"]}},
 }
 
 
@@ -43,7 +64,16 @@ def processes() -> Any:
     """Where processes with everything imported are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sae_core.run", "sae_core.cli", "torch._dynamo", "tqdm.auto", "sae_synthetic.source"]
+        [
+            "sae_core.run",
+            "sae_core.cli",
+            "sae_core.report.training",
+            "torch._dynamo",
+            "tqdm.auto",
+            "sae_synthetic.source",
+            "sae_lm.evaluation",
+            "transformers.models.llama.modeling_llama",
+        ]
     )
     return context
 
@@ -111,23 +141,49 @@ def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, mome
 
 
 ALL = os.environ.get("SAE_CORE_ALL_KILLS") == "1"
+MOMENTS = ["anywhere", "checkpoint", "anywhere", "anywhere"] * 4 + ["anywhere", "anywhere", "end", "end"]
+
+
+def survives(processes: Any, run: dict[str, Any], train: dict[str, Any], tmp_path: Path) -> None:
+    common = {
+        "batch_size": 40, "lr": 0.003, "log_every_steps": 7, "dead_after_samples": 400, "init_samples": 300,
+        "progress_bar": False,
+    }  # fmt: skip
+    moments = MOMENTS if ALL else ["anywhere", "checkpoint", "end"]
+    run = {**run, "sae": {"d_sae": 32, **run["sae"]}, "train": {**common, **train}}
+    hits = killed_and_resumed(processes, run, tmp_path, moments)
+    print(f"{sum(hits.values())} of {len(moments)} kills hit")
+    assert hits["checkpoint"] >= 1
+    assert sum(hits.values()) >= len(moments) // 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES if ALL else ["jumprelu"])
-def test_synthetic_runs_of_every_architecture(architecture: str, processes: Any, tmp_path: Path) -> None:
-    train = {
-        "total_samples": 16_000, "batch_size": 40, "lr": 0.003, "log_every_steps": 7, "dead_after_samples": 400,
-        "init_samples": 300, "checkpoint_every_samples": 1000, "progress_bar": False,
+@pytest.mark.parametrize("name", RUNS if ALL else ["jumprelu"])
+def test_runs_on_synthetic_data(name: str, processes: Any, tmp_path: Path) -> None:
+    survives(processes, RUNS[name], {"total_samples": 16_000, "checkpoint_every_samples": 1000}, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The source of a run: a tiny Llama with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("model")
+    made = runpy.run_path(str(Path(__file__).parents[1] / "packages" / "sae-lm" / "tests" / "conftest.py"))
+    made["build_llama"](hidden_size=16, intermediate_size=32, num_hidden_layers=2).save_pretrained(folder)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    made["build_tokenizer"](*roles.values(), **roles).save_pretrained(folder)
+    (folder / "text.txt").write_text("\n\n".join(f"Document {i}: {'word ' * (i % 7)}and {i * i}." for i in range(400)))
+    return {
+        "name": "huggingface", "model": str(folder), "hook": "model.layers.0", "device": "cpu", "context_size": 24,
+        "batch_prompts": 4, "buffer_rows": 512, "on_exhausted": "cycle",
+        "text": {"kind": "file", "path": str(folder / "text.txt"), "held_out": 0.1},
     }  # fmt: skip
-    run = {
-        "sae": {"architecture": architecture, "d_sae": 32, **ARCHITECTURES[architecture]},
-        "source": SYNTHETIC,
-        "train": train,
-    }
-    moments = ["anywhere", "checkpoint", "anywhere", "anywhere"] * 4 + ["anywhere", "anywhere", "end", "end"]
-    if not ALL:
-        moments = ["anywhere", "checkpoint", "end"]
-    hits = killed_and_resumed(processes, run, tmp_path, moments)
-    assert hits["checkpoint"] >= 1
-    assert sum(hits.values()) >= len(moments) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_MODEL if ALL else ["temporal"])
+def test_runs_in_a_language_model(name: str, model: dict[str, Any], processes: Any, tmp_path: Path) -> None:
+    run = IN_A_MODEL[name]
+    source = {key: value for key, value in {**model, **run["source"]}.items() if value is not None}
+    evaluation = {"every_samples": 0.3, "tokens": 100}
+    train = {"total_samples": 4000, "checkpoint_every_samples": 400}
+    survives(processes, {"sae": run["sae"], "source": source, "eval": evaluation}, train, tmp_path)
