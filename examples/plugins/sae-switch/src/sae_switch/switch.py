@@ -73,7 +73,7 @@ class SwitchSAE(LinearSAE[SwitchConfig]):
         p_R, expert_R = self.routes(prepared.z).max(-1)
         order = expert_R.argsort(stable=True)
         groups = order.split(torch.bincount(expert_R, minlength=n).tolist())
-        weights = (tensor.unflatten(0, (n, -1)).unbind() for tensor in (self.encoder, self.b_enc))
+        weights = self.encoder.view(n, -1, self.d_in).unbind(), self.get_parameter("b_enc").view(n, -1).unbind()
         kept = [
             encode_entries(prepared.z[rows], self.centre(), W, b, TopK(k), product_dtype=dtype)
             for rows, W, b in zip(groups, *weights, strict=True)
