@@ -15,7 +15,7 @@ import torch
 from sae_core import SAE, SparseCodes, TrainConfig, Trainer, create
 from sae_core.errors import ConfigError, UnknownNameError
 from sae_core.plugins import get_registry, reset_registry
-from sae_core.testing import PluginFolder, check_architecture
+from sae_core.testing import PluginFolder, run_checks
 
 FOLDER = Path(__file__).parents[1] / "examples" / "plugins"
 X = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)) @ torch.randn(16, 16).fill_(0.2) + 1
@@ -70,7 +70,7 @@ def trained(plugin: Plugin, **changes: Any) -> SAE[Any]:
 
 @every_plugin
 def test_it_passes_the_conformance_kit(plugin: Plugin) -> None:
-    results = check_architecture(f"{plugin.distribution}:{plugin.name}", config=plugin.config)
+    results = run_checks("architecture", f"{plugin.distribution}:{plugin.name}", config=plugin.config)
     assert len(results) > 15
     assert [result for result in results if not result.ok] == []
 

@@ -20,8 +20,11 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from sae_core.cli.new_plugin import render, variables_for
+from sae_core.plugins.manager import KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -191,3 +194,104 @@ def test_the_core_works_with_one_plugin(wheels: dict[str, Wheel], tmp_path: Path
     ours = {canonicalize_name(requirement.name) for requirement in wheels[name].requires} & set(MEMBERS)
     environment = Environment(tmp_path / "venv", [wheels[member] for member in sorted({name, *ours})])
     check_life(environment, sorted({name, *ours}))
+
+
+USES_ALL_KINDS = """
+import os, sys
+from pathlib import Path
+import torch
+from sae_core import SAE, create
+from sae_core.cli import main
+from sae_core.format.convert import convert
+from sae_core.plugins import get_registry
+from sae_core.run import execute, read_run
+
+here = Path(sys.argv[1])
+(here / "run.yaml").write_text(f'''
+output: {here / "run"}
+sae: {{architecture: mine_architecture, d_sae: 32}}
+source: {{name: mine_source, d_in: 8}}
+loggers: [{{name: mine_logger, path: {here / "log.txt"}}}]
+train: {{total_samples: 256, batch_size: 64, log_every_steps: 2, init_samples: 64, progress_bar: false}}
+''')
+sae = execute(read_run(here / "run.yaml")).sae
+lines = (here / "log.txt").read_text().splitlines()
+assert len(lines) == 2 and lines[0].startswith("step=2 samples=128"), lines
+
+metric = get_registry().resolve("metric", "mine_metric")()
+x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+metric.update(x, sae(x), sae.encode_sparse(x))
+assert 0 < metric.compute()["mine_metric"] < 1
+
+loader = get_registry().resolve("loader", "mine_loader")
+(here / "foreign").mkdir()
+foreign = SAE.load(loader.example["path"](here / "foreign"))
+assert foreign.d_sae == 24 and bool((foreign.encode(x) != 0).any())
+assert main(["mine-command", str(here / "foreign"), "--most", "3"]) == 0
+
+shared = here / "shared" / "mine_catalogue" / "mine_catalogue-small"
+foreign.save(shared / "layers" / "3")
+os.environ["MINE_CATALOGUE_SAES"] = str(here / "shared")
+found = SAE.from_pretrained("mine_catalogue-small", "layer_3")
+assert torch.allclose(found(x), foreign(x), atol=1e-5)
+
+assert convert(foreign, "mine_writer", here / "converted") == ["facts about the model and training are left out"]
+assert (here / "converted" / "mine_writer.npz").is_file()
+"""
+
+MISSES_ALL_KINDS = """
+import sys
+from pathlib import Path
+from sae_core import SAE
+from sae_core.cli import main
+from sae_core.errors import SaeCoreError
+
+here = Path(sys.argv[1])
+try:
+    SAE.load(here / "run")
+except SaeCoreError as error:
+    print("architecture:", " ".join(str(error).split()))
+for kind, arguments in {
+    "source": ["train", "--resume", str(here / "run")],
+    "loader": ["show", "--kind", "loader", "sae-mine-loader:mine_loader"],
+}.items():
+    print(kind, main(arguments))
+try:
+    SAE.load(here / "foreign")
+except SaeCoreError as error:
+    print("files:", error)
+"""
+
+
+def test_a_new_plugin_of_every_kind_is_installed_listed_used_and_removed(
+    wheels: dict[str, Wheel], tmp_path: Path
+) -> None:
+    environment = Environment(tmp_path / "venv", [wheels["sae-core"]])
+    projects = [render(tmp_path / "projects", variables_for(f"mine_{kind}", kind)) for kind in KINDS]
+    built = [WheelBuilder(str(project)).build(versions=["standard"]) for project in projects]
+    paths = [Path(str(path)) for each in built for path in each]
+    command = ["uv", "pip", "install", "--quiet", "--offline", "--no-deps", "--python", tmp_path / "venv", *paths]
+    subprocess.run(command, check=True, timeout=120)
+
+    listed = environment.run("sae-core", "list-plugins", "--json", "--strict")
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    given = {plugin["distribution"]: plugin["provides"] for plugin in json.loads(listed.stdout)["plugins"]}
+    assert given.pop("sae-core")
+    assert {owner: [(each["kind"], each["name"]) for each in gives] for owner, gives in given.items()} == {
+        f"sae-mine-{kind}": [(kind, f"mine_{kind}")] for kind in KINDS
+    }
+    used = environment.run("python", "-W", "error", "-c", USES_ALL_KINDS, str(tmp_path))
+    assert used.returncode == 0, used.stderr
+    assert len(used.stdout.splitlines()) == 3  # of the command
+
+    names = [project.name for project in projects]
+    subprocess.run(
+        ["uv", "pip", "uninstall", "--quiet", "--python", tmp_path / "venv", *names], check=True, timeout=120
+    )
+    missed = environment.run("python", "-W", "error", "-c", MISSES_ALL_KINDS, str(tmp_path))
+    assert missed.returncode == 0, missed.stderr
+    assert "comes with sae-mine-architecture, which is not installed: pip install" in missed.stdout
+    assert "comes with sae-mine-source, which is not installed: pip install sae-mine-source" in missed.stderr
+    assert "comes with sae-mine-loader, which is not installed: pip install sae-mine-loader" in missed.stderr
+    assert "source 1" in missed.stdout
+    assert "no known format" in missed.stdout

@@ -126,7 +126,7 @@ def test_a_missing_name_of_ours_is_known_to_the_core() -> None:
 
 
 def test_the_template_lies_where_the_design_says() -> None:
-    assert (ROOT / "templates" / "sae-plugin" / "cookiecutter.json").is_file()
+    assert (ROOT / "templates" / "plugin" / "common" / "pyproject.toml").is_file()
 
 
 def test_commands_and_packages_that_messages_name_come_with_what_says_so() -> None:

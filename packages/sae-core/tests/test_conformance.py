@@ -1,90 +1,52 @@
-"""The conformance kit: our own architectures pass it, and each check fails on an implementation that is wrong its way."""
+"""The conformance kit for architectures: our own pass it, and each check rejects a mutant that all others let pass.
+
+So a check that is taken out is missed: its mutant would then pass the whole kit.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
+from sae_core.architectures.linear import LinearConfig, LinearSAE
+from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes, DenseCodes, SparseCodes
-from sae_core.config import option
+from sae_core.config import Schedule, option, value_at
 from sae_core.errors import ConfigError
 from sae_core.folding import fold_normalization
-from sae_core.plugins import ArchitectureSpec, Registry, get_registry, reset_registry
-from sae_core.plugins.finding import find_own_plugin
-from sae_core.plugins.switches import Switches
+from sae_core.plugins import ArchitectureSpec, get_registry, reset_registry
 from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput
-from sae_core.testing import CHECKS, Subject, check_architecture, parametrize_with_checks
+from sae_core.testing import CheckResult, NotApplicable, Subject, checks_of, parametrize_with_checks, run_checks
+from sae_core.testing.kit import in_a_folder
 from torch import Tensor, nn
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "abstopk": {"k": 4},
-    "batchtopk": {"k": 4},
-    "cross_layer_transcoder": {"reads": {"a": 9, "b": 7}, "writes": {"x": 5, "y": 6}},
-    "groupmax": {"k": 4},
-    "matryoshka_batchtopk": {"k": 4, "matryoshka_widths": [16, 32, 64]},
-    "temporal": {"n_heads": 2, "bottleneck_factor": 4},
-    "topk": {"k": 4},
-}
-LINEAR = (
-    "abstopk", "batchtopk", "gated", "groupmax", "jumprelu", "matryoshka_batchtopk", "standard", "topk"
-)  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "transcoder": {"d_out": 12},
-    "skip_transcoder": {"d_out": 12, "skip": True},
-    "crosscoder": {"reads": {"a": 9, "b": 7}},
-}
-EXCEPTIONS = {
-    "temporal": {"check_rows_are_independent": "rows are positions of a sequence and depend on those before them"},
-}
-OURS = {
-    contribution.spec.name: CONFIGS.get(contribution.spec.name, {})
-    for contribution in Registry(find_own_plugin, Switches()).contributions("architecture")
-}
-# What a shape adds to an architecture's config is in the checks that train, save and look at gradients.
-OF_SHAPES = (
-    "check_shapes", "check_sparse_is_dense", "check_gradients", "check_learns", "check_state_dict", "check_saving_normalised"
-)  # fmt: skip
+CHECKS = {check.__name__: check for check in checks_of("architecture")}
+OURS = [
+    contribution.qualified
+    for contribution in get_registry().contributions("architecture")
+    if contribution.distribution == "sae-core"
+]
 
 
-@parametrize_with_checks({name: config for name, config in OURS.items() if name not in EXCEPTIONS})
+@parametrize_with_checks(OURS)
 def test_our_architectures_conform(check: Any) -> None:
     check()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", LINEAR)
-def test_architectures_of_the_linear_frame_conform_in_every_shape(name: str, shape: str) -> None:
-    subject = Subject(name, OURS[name] | SHAPES[shape])
-    for check in CHECKS:
-        if check.__name__ in OF_SHAPES:
-            check(subject)
-
-
-@pytest.mark.parametrize("name", sorted(EXCEPTIONS))
-def test_architectures_with_exceptions_conform_but_for_those(name: str) -> None:
-    results = check_architecture(name, config=OURS[name], expected_failures=EXCEPTIONS[name])
-    assert [result for result in results if not result.ok] == []
-    assert [result.check for result in results if result.status == "expected_failure"] == list(EXCEPTIONS[name])
-
-
-def test_a_config_or_an_exception_for_an_architecture_that_is_gone_is_removed_too() -> None:
-    assert {*CONFIGS, *EXCEPTIONS} <= OURS.keys()
-    assert set(LINEAR) == OURS.keys() - {"cross_layer_transcoder", "matching_pursuit", "temporal"}
-
-
-# -- a correct implementation, and wrong ones that differ from it in one thing ------------------------------------------
+# -- correct implementations, and mutants that differ from them in one thing ---------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig(SAEConfig):
     """Config of `Plain`."""
 
-    penalty: float = option(default=0.01, help="weight of the sparsity penalty")
+    penalty: float | Schedule = option(default=0.01, help="weight of the sparsity penalty")
 
 
 class Plain(SAE[PlainConfig]):
@@ -109,9 +71,16 @@ class Plain(SAE[PlainConfig]):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         self.W_dec.copy_(0.2 * torch.randn(self.W_dec.shape, generator=generator, dtype=torch.float64))
+        norm = self.config.decoder_init_norm
+        if norm is not None:
+            self.W_dec.mul_(8 * norm / self.W_dec.norm(dim=-1, keepdim=True))
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
         self.b_dec.zero_()
+
+    @torch.no_grad()
+    def start_at(self, centre_O: Tensor) -> None:
+        self.b_dec.copy_(centre_O)
 
     def latents(self, z: Tensor) -> Tensor:
         centred = z - self.b_dec if self.config.apply_b_dec_to_input else z
@@ -123,12 +92,15 @@ class Plain(SAE[PlainConfig]):
     def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
         return codes.to_dense() @ self.W_dec + self.b_dec
 
+    def coefficient(self, context: StepContext) -> float:
+        return value_at(self.config.penalty, context.progress)
+
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         codes = self.encode_rows(prepared)
         y = self.to_loss_space(self.decode_rows(codes, prepared), prepared)
         losses = {
             "mse": (y - target).square().sum(-1).mean(),
-            "l1": self.config.penalty * (codes.to_dense() * self.W_dec.norm(dim=-1)).sum(-1).mean(),
+            "l1": self.coefficient(context) * (codes.to_dense() * self.W_dec.norm(dim=-1)).sum(-1).mean(),
         }
         return StepOutput(losses["mse"] + losses["l1"], losses, codes, y, target)
 
@@ -144,6 +116,28 @@ class Plain(SAE[PlainConfig]):
             tensors["W_enc"] = tensors.pop("encoder").t()
             config = replace(config, normalize_activations="none", activation_normalization_factor=1.0)
         return Export(self.architecture, config, tensors)
+
+
+class Framed(LinearSAE[LinearConfig]):
+    """ReLU latents on the linear frame, which has more to promise."""
+
+    architecture: ClassVar[str] = "framed"
+    config_class: ClassVar[type[SAEConfig]] = LinearConfig
+    folds: ClassVar[bool] = True
+    independent_latents: ClassVar[bool] = True
+
+    def encode_rows(self, prepared: Prepared, context: StepContext | None = None) -> Codes:
+        return self.pre(prepared, context, floor=0.0).map(torch.relu)
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        codes = self.encode_rows(prepared, context)
+        y = self.to_loss_space(self.decode_rows(codes, prepared), prepared)
+        loss = squared_error(y, target)
+        return StepOutput(loss, {"mse": loss}, codes, y, target)
+
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        return True
 
 
 class WithoutDoc(Plain):
@@ -165,19 +159,6 @@ class StillAbstract(SAE[PlainConfig]):
 
 class NoSAE:
     """Is no SAE at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnexplainedConfig(PlainConfig):
-    """Has a field without help."""
-
-    strength: float = 1.0
-
-
-class Unexplained(Plain):
-    """Has a field without help."""
-
-    config_class = UnexplainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +227,8 @@ class BatchMean(Plain):
     """Compares each row with the batch."""
 
     def latents(self, z: Tensor) -> Tensor:
-        return super().latents(z - z.mean(0) if len(z) else z)
+        found = super().latents(z)
+        return found * (1 + found.detach().mean()) if len(z) else found
 
 
 class InPlace(Plain):
@@ -270,19 +252,16 @@ class Counting(Plain):
         self.calls += 1
         return super().latents(z)
 
+    def export(self) -> Export:
+        exported = super().export()
+        return replace(exported, tensors={**exported.tensors, "calls": self.calls.clone()})
+
 
 class Truncating(Plain):
     """Takes inputs of any width."""
 
     def prepare(self, x: Tensor) -> Prepared:
         return super().prepare(x[..., : self.d_in].float())
-
-
-class Float32(Plain):
-    """Computes in float32 whatever its parameters are."""
-
-    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
-        return codes.to_dense().float() @ self.W_dec.float() + self.b_dec.float()
 
 
 class Detached(Plain):
@@ -329,16 +308,8 @@ class Uphill(Plain):
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         out = super().objective(prepared, target, context)
-        loss = (out.reconstruction + target).square().sum(-1).mean()
-        return replace(out, loss=loss, losses={"mse": loss})
-
-
-class Noisy(Plain):
-    """Adds noise from the global generator in training."""
-
-    def latents(self, z: Tensor) -> Tensor:
-        noise = 0.01 * torch.randn(self.d_sae) if self.training else torch.zeros(self.d_sae)
-        return super().latents(z) + noise.to(z.dtype)
+        losses = {**out.losses, "mse": (out.reconstruction + target).square().sum(-1).mean()}
+        return replace(out, loss=losses["mse"] + losses["l1"], losses=losses)
 
 
 class HiddenState(Plain):
@@ -351,14 +322,6 @@ class HiddenState(Plain):
         if self.training:
             self.level = 0.5 * float(found.detach().mean())
         return found * (found > self.level)
-
-
-class BadExport(Plain):
-    """Forgets a bias when it saves."""
-
-    def export(self) -> Export:
-        exported = super().export()
-        return replace(exported, tensors={**exported.tensors, "b_enc": torch.zeros(self.d_sae)})
 
 
 class ChangingExport(Plain):
@@ -385,35 +348,327 @@ class Shared(Plain):
         return self
 
 
-WRONG: list[tuple[str, type, str]] = [
-    ("check_class", WithoutDoc, "WithoutDoc has no docstring"),
+@dataclass(frozen=True, kw_only=True)
+class UnexplainedConfig(PlainConfig):
+    """Has a field without help."""
+
+    strength: float = 1.0
+
+
+class Unexplained(Plain):
+    """Has a field without help."""
+
+    config_class = UnexplainedConfig
+
+    def coefficient(self, context: StepContext) -> float:
+        return super().coefficient(context) * cast("UnexplainedConfig", self.config).strength
+
+
+class IgnoresSchedule(Plain):
+    """Takes a schedule and stays at its start."""
+
+    def coefficient(self, context: StepContext) -> float:
+        return value_at(self.config.penalty, 0.0)
+
+
+class IgnoresCentring(Plain):
+    """Never subtracts b_dec."""
+
+    def latents(self, z: Tensor) -> Tensor:
+        return torch.relu(z @ self.W_enc + self.b_enc)
+
+
+class IgnoresNorm(Plain):
+    """Starts with the norms it likes."""
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
+        self.W_dec.copy_(0.2 * torch.randn(self.W_dec.shape, generator=generator))
+        self.W_enc.copy_(self.W_dec.T)
+
+
+class Twice(Plain):
+    """Names latents twice in a row, which costs memory and counts, and shows in no sum."""
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        codes = super().encode_sparse(x)
+        twice = torch.stack([torch.zeros_like(codes.values), codes.values], dim=1).flatten()
+        return SparseCodes(
+            twice, codes.indices.repeat_interleave(2), codes.leading_shape, codes.d_sae, 2 * codes.row_offsets()
+        )
+
+
+class Float32(Plain):
+    """Answers in float32 whatever its parameters are."""
+
+    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
+        if self.training:
+            return super().decode_rows(codes, prepared)
+        return codes.to_dense().float() @ self.W_dec.float() + self.b_dec.float()
+
+
+class SeedKept(Plain):
+    """Draws weights of its penalty and keeps them where state_dict does not see them."""
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
+        self.weights = torch.rand(self.d_sae, generator=generator)
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        more = 0.01 * (out.codes.to_dense() * self.weights.to(self.dtype)).sum(-1).mean()
+        return replace(out, loss=out.loss + more, losses={**out.losses, "more": more})
+
+
+class LambdaInside(Plain):
+    """Keeps a function without a name."""
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__(config)
+        self.activation = lambda h: torch.relu(h)
+
+    def latents(self, z: Tensor) -> Tensor:
+        return self.activation(super().latents(z))
+
+
+class ForgottenLossSpace(Plain):
+    """Compares normalised reconstructions with targets in other units."""
+
+    def to_loss_space(self, y_RO: Tensor, prepared: Prepared) -> Tensor:
+        return y_RO
+
+
+class OtherCodes(Plain):
+    """Reports other codes than it uses."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        dense = out.codes.to_dense()
+        largest = dense >= dense.topk(5, dim=-1).values[:, -1:]
+        return replace(out, codes=DenseCodes(dense * largest, (len(dense),)))
+
+
+class NoisyByGlobalSeed(Plain):
+    """Draws from a seed that is the process's."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(torch.initial_seed() % 2**31)).to(self.dtype)
+        return replace(out, loss=out.loss * (1 + drawn), losses={n: v * (1 + drawn) for n, v in out.losses.items()})
+
+
+class Noisy(Plain):
+    """Adds noise from the global generator in training."""
+
+    def latents(self, z: Tensor) -> Tensor:
+        noise = 0.01 * torch.randn(self.d_sae) if self.training else torch.zeros(self.d_sae)
+        return super().latents(z) + noise.to(z.dtype)
+
+
+class NoMean(Plain):
+    """Says that its loss is a mean over rows, and scales the penalty by the batch."""
+
+    @property
+    def loss_is_mean_over_rows(self) -> bool:
+        return True
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        losses = {**out.losses, "l1": out.losses["l1"] * (1 + out.codes.to_dense().detach().std())}
+        return replace(out, loss=losses["mse"] + losses["l1"], losses=losses)
+
+
+class OnlySingle(Plain):
+    """Uses a constant of single precision in training."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        losses = {**out.losses, "l1": out.losses["l1"] + 0 * (target @ torch.eye(self.d_in)).sum()}
+        return replace(out, loss=losses["mse"] + losses["l1"], losses=losses)
+
+
+class DividesByNorm(Plain):
+    """Gives decoder rows unit norm without a floor: a row of zeros becomes NaN."""
+
+    def after_step(self) -> None:
+        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
+
+
+class Decaying(Plain):
+    """Shrinks at every call."""
+
+    def after_step(self) -> None:
+        self.W_dec.mul_(0.999)
+
+
+class Replacing(Plain):
+    """Gives the optimiser's parameter away."""
+
+    def after_step(self) -> None:
+        self.W_dec = nn.Parameter(self.W_dec.detach().clamp(-5, 5))
+
+
+class ChangingNames(Plain):
+    """Measures one thing early and another one late."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        return replace(out, metrics={"early" if context.progress < 0.5 else "late": out.loss.detach()})
+
+
+class VectorMetric(Plain):
+    """Measures one thing a latent."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        out = super().objective(prepared, target, context)
+        return replace(out, metrics={"sizes": out.codes.to_dense().detach().mean(0)})
+
+
+class RemembersItsStart(Plain):
+    """Weighs the penalty by the progress at which this process began."""
+
+    began: float | None = None
+
+    def coefficient(self, context: StepContext) -> float:
+        if self.began is None:
+            self.began = context.progress
+        return super().coefficient(context) * (1 + self.began)
+
+
+class BadExport(Plain):
+    """Forgets a bias when it saves, except with a normalisation."""
+
+    def export(self) -> Export:
+        exported = super().export()
+        if self.config.normalize_activations != "none":
+            return exported
+        return replace(exported, tensors={**exported.tensors, "b_enc": torch.zeros(self.d_sae)})
+
+
+class ShiftLost(Plain):
+    """Folds a normalisation's scale and forgets its shift."""
+
+    def export(self) -> Export:
+        exported = super().export()
+        if self.config.normalize_activations != "covariance_whitening":
+            return exported
+        return replace(exported, tensors={**exported.tensors, "b_dec": self.b_dec.detach()})
+
+
+class Competing(Plain):
+    """Keeps the largest of its latents and says that they are independent."""
+
+    independent_latents: ClassVar[bool] = True
+
+    def latents(self, z: Tensor) -> Tensor:
+        found = super().latents(z)
+        return found * (found >= found.topk(3, dim=-1).values[..., -1:])
+
+
+class Misfolded(Framed):
+    """Has a threshold in units of latents, and does not say so."""
+
+    AXES: ClassVar[dict[str, Axis]] = {**LinearSAE.AXES, "amount": Axis(0)}
+
+    def __init__(self, config: LinearConfig) -> None:
+        super().__init__(config)
+        self.amount = nn.Parameter(torch.zeros(config.d_sae))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
+        self.amount.fill_(0.05)
+
+    def encode_rows(self, prepared: Prepared, context: StepContext | None = None) -> Codes:
+        codes = self.pre(prepared, context, floor=0.0)
+        return codes.with_values((codes.values - codes.per_latent(self.amount)).relu())
+
+
+class PredictsItsInput(Framed):
+    """A transcoder that learns something else than its targets."""
+
+    def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
+        if self.config.d_out is None or self.config.skip:
+            return super().objective(prepared, target, context)
+        return super().objective(prepared, prepared.z[:, : self.config.d_out], context)
+
+
+class SkipLost(Framed):
+    """Saves no skip path."""
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        found = super().exported_tensors()
+        return found if "W_skip" not in found else {**found, "W_skip": torch.zeros_like(found["W_skip"])}
+
+
+class OneSiteOnly(Framed):
+    """Of several sites it reads the first."""
+
+    def encode_rows(self, prepared: Prepared, context: StepContext | None = None) -> Codes:
+        if len(self.reads) > 1:
+            width = next(iter(self.reads.values()))
+            prepared = replace(prepared, z=torch.cat([prepared.z[:, :width], 0 * prepared.z[:, width:].detach()], -1))
+        return super().encode_rows(prepared, context)
+
+
+MUTANTS: dict[str, tuple[type, str]] = {
+    "check_class": (WithoutDoc, "WithoutDoc has no docstring"),
+    "check_config": (Unexplained, "fields without help: strength"),
+    "check_config_is_used": (IgnoresSchedule, "penalty: {'from': 0.01.* is accepted and changes nothing"),
+    "check_seed": (ForgottenBias, "does not set all of 'b_dec'"),
+    "check_shapes": (Squeezing, r"sae\(x\) of \(1, 16\) is \(16,\)"),
+    "check_sparse_is_dense": (SparseIsOther, "differ by up to"),
+    "check_latents_are_distinct": (Twice, r"encode_sparse\(x\) name a latent twice"),
+    "check_rows_are_independent": (BatchMean, "in parts and at once: they differ"),
+    "check_repeatable": (Counting, "'calls' changed in eval mode"),
+    "check_wrong_input": (Truncating, "was accepted"),
+    "check_dtypes": (Float32, "dtype torch.float32"),
+    "check_gradient_to_input": (Detached, "gradient|autograd|does not require grad"),
+    "check_state_dict": (SeedKept, "the loss after load_state_dict"),
+    "check_copies": (Shared, "after its copy was changed"),
+    "check_pickling": (LambdaInside, "lambda"),
+    "check_objective": (HiddenTerm, "the sum of the terms and the loss"),
+    "check_objective_is_the_forward_pass": (ForgottenLossSpace, "layer_norm: the reconstruction and what its codes"),
+    "check_gradients": (Unused, "no gradient ever reaches b_lost"),
+    "check_learns": (Uphill, "answering with the mean gives"),
+    "check_training_is_deterministic": (NoisyByGlobalSeed, "differs after two equal runs"),
+    "check_mean_over_rows": (NoMean, "of a batch and of its blocks"),
+    "check_training_precisions": (OnlySingle, "dtype"),
+    "check_after_step": (DividesByNorm, "'W_dec' after after_step with a latent of zeros holds NaN"),
+    "check_trainer": (ChangingNames, r"records have different names: \['metrics/late'\]"),
+    "check_resume": (RemembersItsStart, "of a run that was resumed differs"),
+    "check_save_and_load": (BadExport, "after SAE.load"),
+    "check_saving_normalised": (ShiftLost, "normalize_activations covariance_whitening: .*after SAE.load"),
+    "check_some_latents": (Competing, "loaded alone and among all"),
+    "check_folding": (Misfolded, "after fold_decoder_norm"),
+    "check_transcoder": (PredictsItsInput, "with d_out=12: "),
+    "check_skip": (SkipLost, r"with d_out=12, skip=True: .*after SAE.load"),
+    "check_sites": (OneSiteOnly, "with reads=|no latent reads the site 'b'"),
+}
+"""For each check what it alone rejects."""
+
+ALSO_WRONG: list[tuple[str, type, str]] = [
     ("check_class", WithoutName, "is 'somebody_else', registered as 'without_name'"),
     ("check_class", StillAbstract, "does not implement all abstract methods"),
     ("check_class", NoSAE, "not a subclass of sae_core.SAE"),
-    ("check_config", Unexplained, "fields without help: strength"),
     ("check_config", Lax, "negative dimension"),
+    ("check_config_is_used", IgnoresCentring, "apply_b_dec_to_input: False instead of True is accepted"),
+    ("check_config_is_used", IgnoresNorm, "decoder_init_norm: .* is accepted and changes nothing"),
     ("check_seed", GlobalSeed, "used the global random generator"),
-    ("check_seed", ForgottenBias, "does not set all of 'b_dec'"),
-    ("check_shapes", Squeezing, r"sae\(x\) of \(1, 16\) is \(16,\)"),
     ("check_shapes", EmptyMean, r"encode\(x\) of \(0, 16\) is \(1, 64\)"),
-    ("check_sparse_is_dense", SparseIsOther, "differ by up to"),
     ("check_sparse_is_dense", Constant, "two different inputs have the same latents"),
-    ("check_rows_are_independent", BatchMean, "in parts and at once: they differ"),
     ("check_repeatable", InPlace, "the input was changed in place"),
-    ("check_repeatable", Counting, "'calls' changed in eval mode"),
-    ("check_wrong_input", Truncating, "was accepted"),
-    ("check_dtypes", Float32, "dtype torch.float32"),
-    ("check_gradient_to_input", Detached, "gradient|autograd|does not require grad"),
-    ("check_objective", VectorLoss, "it must be a scalar"),
-    ("check_objective", HiddenTerm, "the sum of the terms and the loss"),
-    ("check_gradients", Unused, "no gradient ever reaches b_lost"),
-    ("check_learns", Uphill, "answering with the mean gives"),
-    ("check_training_is_deterministic", Noisy, "differs after two equal runs"),
     ("check_state_dict", HiddenState, "after load_state_dict"),
-    ("check_save_and_load", BadExport, "after SAE.load"),
+    ("check_objective", VectorLoss, "it must be a scalar"),
+    ("check_objective_is_the_forward_pass", OtherCodes, "the codes of the objective and encode_rows in train mode"),
+    ("check_training_is_deterministic", Noisy, "differs after two equal runs"),
+    ("check_after_step", Decaying, "after a second after_step and after the first"),
+    ("check_after_step", Replacing, "after_step replaces 'W_dec'"),
+    ("check_trainer", VectorMetric, "reports metrics/sizes as a tensor of shape"),
     ("check_save_and_load", ChangingExport, "saving changed 'W_dec'"),
     ("check_saving_normalised", Unfolded, "normalize_activations layer_norm: .*after SAE.load"),
-    ("check_copies", Shared, "after its copy was changed"),
 ]
 
 
@@ -422,9 +677,10 @@ def registered() -> Iterator[None]:
     """Every class of this file, registered by its name in snake case."""
     module = ModuleType("conformance_cases")
     sys.modules["conformance_cases"] = module
-    for cls in (Plain, *(cls for _, cls, _ in WRONG)):
+    for cls in (Plain, Framed, *(cls for cls, _ in MUTANTS.values()), *(cls for _, cls, _ in ALSO_WRONG)):
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("_").replace("s_a_e", "sae")
         setattr(module, cls.__name__, cls)
+        cls.__module__ = "conformance_cases"  # where pickle looks for it
         if cls not in (WithoutName, NoSAE):
             cls.architecture = name
         spec = ArchitectureSpec(name=name, target=f"conformance_cases:{cls.__name__}", summary="A test case")
@@ -439,37 +695,75 @@ def name_of(cls: type) -> str:
     return next(c.spec.name for c in claims if c.spec.target == f"conformance_cases:{cls.__name__}")
 
 
-@pytest.mark.usefixtures("registered")
-def test_a_correct_implementation_passes_every_check() -> None:
-    assert [result for result in check_architecture("plain") if not result.ok] == []
+def rejected(check: str, cls: type) -> Exception | None:
+    """What a check says against a class, or None."""
+    try:
+        in_a_folder(CHECKS[check], Subject("architecture", name_of(cls)))
+    except NotApplicable:
+        return None
+    except Exception as error:  # noqa: BLE001 - whatever a mutant raises
+        return error
+    return None
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(("check", "cls", "message"), WRONG, ids=[f"{check}-{cls.__name__}" for check, cls, _ in WRONG])
-def test_a_wrong_implementation_fails_its_check(check: str, cls: type, message: str) -> None:
-    wanted = next(candidate for candidate in CHECKS if candidate.__name__ == check)
-    with pytest.raises((AssertionError, RuntimeError), match=message):
-        wanted(Subject(name_of(cls)))
+@pytest.mark.parametrize("cls", [Plain, Framed])
+def test_a_correct_implementation_passes_every_check(cls: type) -> None:
+    assert [result for result in run_checks("architecture", name_of(cls)) if not result.ok] == []
 
 
-def test_every_check_has_an_implementation_that_fails_it() -> None:
-    assert {check for check, _, _ in WRONG} == {check.__name__ for check in CHECKS}
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("check", MUTANTS)
+def test_a_mutant_is_rejected_by_its_check_and_by_no_other(check: str) -> None:
+    cls, message = MUTANTS[check]
+    error = rejected(check, cls)
+    assert error is not None, "the mutant passes"
+    assert re.search(message, str(error)), str(error)
+    assert {other: str(error) for other in CHECKS if other != check and (error := rejected(other, cls))} == {}
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("check", "cls", "message"), ALSO_WRONG, ids=[cls.__name__ for _, cls, _ in ALSO_WRONG])
+def test_other_wrong_implementations_are_rejected(check: str, cls: type, message: str) -> None:
+    error = rejected(check, cls)
+    assert error is not None, "the mutant passes"
+    assert re.search(message, str(error)), str(error)
+
+
+def test_every_check_has_a_mutant() -> None:
+    assert MUTANTS.keys() == CHECKS.keys()
 
 
 @pytest.mark.usefixtures("registered")
 def test_results_tell_failures_expected_failures_and_unexpected_passes_apart() -> None:
     expected = {"check_rows_are_independent": "it looks at the batch", "check_seed": "not true"}
-    results = {r.check: r for r in check_architecture("batch_mean", expected_failures=expected)}
+    results = {r.check: r for r in run_checks("architecture", "batch_mean", expected_failures=expected)}
     assert results["check_rows_are_independent"].status == "expected_failure"
     assert results["check_rows_are_independent"].reason == "it looks at the batch"
     assert results["check_seed"].status == "unexpected_pass"
     assert not results["check_seed"].ok
     assert results["check_class"].status == "passed"
-    plain = {r.check: r for r in check_architecture("batch_mean")}
+    plain = {r.check: r for r in run_checks("architecture", "batch_mean")}
     assert plain["check_rows_are_independent"].status == "failed"
     assert "differ by up to" in plain["check_rows_are_independent"].reason
 
 
 def test_an_expected_failure_of_no_check_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no check \\['check_sparse'\\] \\(known: check_class"):
-        check_architecture("topk", config={"k": 4}, expected_failures={"check_sparse": "x"})
+        run_checks("architecture", "topk", expected_failures={"check_sparse": "x"})
+
+
+def test_where_the_first_check_fails_the_others_have_nothing_to_look_at() -> None:
+    first, *others = run_checks("architecture", "topk", config={"k": 4000})
+    assert first.status == "failed"
+    assert "no instance can be made to look at: architecture 'sae-core:topk': k " in first.reason
+    assert {(other.status, other.reason) for other in others} == {("skipped", "check_class failed")}
+
+
+def test_what_is_not_promised_is_skipped_with_the_reason() -> None:
+    results = {result.check: result for result in run_checks("architecture", "matching_pursuit")}
+    assert results["check_mean_over_rows"] == CheckResult(
+        "check_mean_over_rows", "skipped", "loss_is_mean_over_rows is False"
+    )
+    assert results["check_transcoder"].status == "skipped"
+    assert all(result.ok for result in results.values())

@@ -17,7 +17,7 @@ from sae_core.codes import SparseCodes
 from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError
 from sae_core.ops.ste import jump
-from sae_core.testing import check_architecture
+from sae_core.testing import run_checks
 from torch import Tensor
 
 READS, WRITES = {"a": 4, "b": 3, "c": 5}, {"x": 2, "y": 4, "z": 3}
@@ -232,7 +232,7 @@ SEES_LESS = {"check_learns": "the kit's targets at a layer depend on later layer
 @pytest.mark.parametrize("kind", CHECKED)
 def test_it_conforms(kind: str) -> None:
     config = CHECKED[kind] | {"reads": {"a": 5, "b": 6, "c": 5}, "writes": WRITES, "d_sae": 63}
-    results = check_architecture("cross_layer_transcoder", config=config, expected_failures=SEES_LESS)
+    results = run_checks("architecture", "cross_layer_transcoder", config=config, expected_failures=SEES_LESS)
     assert [result for result in results if not result.ok] == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from sae_core import ActivationBatch
+from sae_core.cli.new_plugin import render, variables_for
+from sae_core.plugins import reset_registry
 
 PAGE = Path(__file__).parents[3] / "docs" / "plugins.md"
-TEMPLATE = files("sae_core") / "templates" / "sae-plugin" / "{{ cookiecutter.distribution }}" / "src"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "new_activation.py"
 needs_docs = pytest.mark.skipif(not PAGE.exists(), reason="the package is tested without the repository's docs")
 
 
@@ -38,14 +39,34 @@ def documented() -> str:
     return found
 
 
-def rendered() -> str:
-    text = (TEMPLATE / "{{ cookiecutter.package }}" / "architecture.py").read_text(encoding="utf-8")
-    names = {"name": "cubic", "class_name": "CubicSAE", "config_name": "CubicConfig"}
-    return re.sub(r"\{\{ cookiecutter\.(\w+) \}\}", lambda found: names[found[1]], text)
+def test_the_architecture_that_new_plugin_writes_is_at_most_forty_lines(tmp_path: Path) -> None:
+    project = render(tmp_path, variables_for("cubic"))
+    text = (project / "src" / "sae_cubic" / "architecture.py").read_text(encoding="utf-8")
+    assert 20 < code_lines(text) <= 40
 
 
-def test_the_architecture_of_the_template_is_at_most_forty_lines() -> None:
-    assert 20 < code_lines(rendered()) <= 40
+@needs_docs
+def test_the_architecture_among_the_examples_is_at_most_forty_lines() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8").partition("# -- in use")[0]
+    assert "LinearSAE" in text
+    assert 20 < code_lines(text) <= 40
+
+
+@needs_docs
+def test_the_example_runs_from_top_to_bottom(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("new_activation")
+    monkeypatch.setitem(sys.modules, "new_activation", module)
+    module.__dict__["__name__"] = "new_activation"
+    try:
+        exec(compile(EXAMPLE.read_text(encoding="utf-8"), str(EXAMPLE), "exec"), module.__dict__)
+        module.__dict__["main"]()
+    finally:
+        reset_registry()
+    said = capsys.readouterr().out
+    assert re.search(r"explained variance 0\.[5-9]\d", said)
+    assert "0 checks failed" in said
 
 
 @needs_docs

@@ -15,6 +15,7 @@ import pytest
 import torch
 from sae_core.format.files import LocalFiles
 from sae_core.format.read import find_loader, read_sae
+from sae_core.testing import run_checks
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden/foreign"
@@ -28,6 +29,15 @@ TRANSCODERS = {  # SAELens's architectures, by which the cases are named, in our
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", ["gemma_2", "gemma_2_transcoder", "gemma_3"])
+def test_the_loaders_pass_the_conformance_kit(name: str, tmp_path: Path) -> None:
+    case = json.loads((GOLDEN / name / "case.json").read_text())
+    shutil.copytree(GOLDEN / name / "files", tmp_path / case["repository"])
+    config = {"path": tmp_path / case["repository"], "inside": case["path"]}
+    results = run_checks("loader", f"sae-loaders-gemmascope:{case['loader']}", config=config)
+    assert [result for result in results if not result.ok] == []
 
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))

@@ -24,6 +24,7 @@ from sae_core.format.files import LocalFiles
 from sae_core.format.read import find_loader, read_sae
 from sae_core.plugins import get_registry
 from sae_core.protocols import Loader
+from sae_core.testing import run_checks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -251,6 +252,22 @@ def one_of_each_kind(request: pytest.FixtureRequest, tmp_path: Path) -> Specimen
 def with_config(request: pytest.FixtureRequest, tmp_path: Path) -> Specimen:
     """Specimens of the formats that have a config, in a file of its own or at the start of the weights."""
     return SPECIMENS[request.param](tmp_path)
+
+
+def test_every_loader_passes_the_conformance_kit(conforming: Specimen) -> None:
+    config = {"path": conforming.root, "inside": conforming.path, "overrides": conforming.facts}
+    results = run_checks("loader", f"sae-pretrained:{conforming.format}", config=config)
+    assert [result for result in results if not result.ok] == []
+    assert {result.check for result in results if result.status == "skipped"} <= {"check_every_tensor_counts"}
+
+
+@pytest.fixture(
+    params=[name for name in SPECIMENS if name not in ("autoencoder_topk", "matryoshka", "gated", "jumprelu")]
+)
+def conforming(request: pytest.FixtureRequest, tmp_path: Path) -> Specimen:
+    """A specimen of every format, in a folder of its own."""
+    (tmp_path / "files").mkdir()
+    return SPECIMENS[request.param](tmp_path / "files")
 
 
 def outputs(sae: SAE) -> tuple[Tensor, Tensor]:

@@ -127,5 +127,8 @@ def sae_register_commands() -> Iterator[CommandSpec]:
         name="doctor", target="sae_core.cli.doctor:Doctor", summary="Check this installation and say what is wrong"
     )
     yield CommandSpec(
+        name="check", target="sae_core.cli.check:Check", summary="Does a name keep the promises of its kind?"
+    )
+    yield CommandSpec(
         name="new_plugin", target="sae_core.cli.new_plugin:NewPlugin", summary="Start a plugin package of your own"
     )

@@ -213,7 +213,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
     `starts_from_data`, `start_from` wants to see the first samples;
     `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`;
-    `restarts_latents`, it implements the method `restart_latents`.
+    `restarts_latents`, it implements the method `restart_latents`;
+    `example`, the fields that a small instance (16 wide, 64 latents) needs besides, for the checks of `sae_core.testing`.
     """
 
     architecture: ClassVar[str]
@@ -225,6 +226,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     starts_from_data: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = False
     restarts_latents: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {}
     config: ConfigT_co
 
     def __init__(self, config: ConfigT_co) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class ExplainedVariance:
     >>> metric.compute()["explained_variance"]
     0.0
     """
+
+    order_independent: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._inputs = _Spread()
@@ -60,6 +62,8 @@ class ExplainedVariance:
 class MeanSquaredError:
     """E‖x - x̂‖²: squared error summed over the width, averaged over rows."""
 
+    order_independent: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._sum = 0.0
         self._count = 0
@@ -78,6 +82,8 @@ class MeanSquaredError:
 @final
 class CosineSimilarity:
     """E[x·x̂ / (‖x‖ ‖x̂‖)]; a row where either is zero counts as 0."""
+
+    order_independent: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -106,6 +112,8 @@ class L0:
     {'l0': 1.5}
     """
 
+    order_independent: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._sum = 0
         self._count = 0
@@ -127,6 +135,8 @@ class DeadFraction:
 
     `density` is the other side of the same counts: (d_sae,), the fraction of rows in which each latent is not zero.
     """
+
+    order_independent: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None

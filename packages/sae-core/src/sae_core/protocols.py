@@ -4,7 +4,9 @@ Each protocol is as small as its callers allow. An ability that only some object
 (`Resumable`, `HasMetadata`), and callers test for it with ``isinstance``; nobody asks ``hasattr``.
 
 Components that a run file can name (architectures, sources, loggers) are built one way: the class has a `config_class`,
-a frozen dataclass, and takes one instance of it as its first argument.
+a frozen dataclass, and takes one instance of it as its first argument. Such a class may say in `example` what a small instance
+is made with, for the checks of `sae_core.testing`; ``{folder}`` in it stands for a folder of their own, and a function is
+called with that folder for the value. A loader says in `example` how files that it reads are made: ``{"path": write_some}``.
 """
 
 from __future__ import annotations
@@ -259,7 +261,12 @@ class KnowsBaseModels(Protocol):
 
 @runtime_checkable
 class Metric(Protocol):
-    """A streaming metric: `update` with batches, then `compute` once."""
+    """A streaming metric: `update` with batches of rows, then `compute`, which leaves it as it was.
+
+    `inputs` and `outputs` are (..., d) and `codes` latents of the same rows, `SparseCodes` or dense (..., d_sae). The numbers
+    are those of one big batch, whatever the batches were, and their names start with the metric's registered name. What no row
+    was seen for is NaN. A metric says ``order_independent = True`` if the order of rows makes no difference.
+    """
 
     def update(self, inputs: Tensor, outputs: Tensor, codes: Any) -> None: ...
 
@@ -287,9 +294,10 @@ class RunFacts:
 class Logger(Protocol):
     """Receives the training records of one dictionary: flat mappings of plain numbers, None where one is not known.
 
-    A run makes one logger for each dictionary. `start` comes once, before the first record; `log` at each flush. A logger that
-    is `Resumable` has its state restored before `start` when a run goes on. What `start`, `log` and `close` raise is reported
-    once and never stops the run.
+    A run makes one logger for each dictionary. `start` comes once, before the first record; `log` at each flush, with the same
+    names from the first record on; `close` at the end, perhaps twice, perhaps before any record. A logger that is `Resumable`
+    has its state restored before `start` when a run goes on. What `start`, `log` and `close` raise is reported once and never
+    stops the run.
     """
 
     def start(self, run: RunFacts) -> None: ...

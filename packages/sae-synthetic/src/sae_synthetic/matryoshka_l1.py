@@ -15,9 +15,10 @@ is a matter of training only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from sae_core.architectures.linear import LinearConfig, LinearSAE
@@ -75,6 +76,7 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
 
     architecture: ClassVar[str] = "matryoshka_l1"
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaL1Config
+    example: ClassVar[Mapping[str, Any]] = {"matryoshka_widths": [16, 32]}
     has_encoder_product: ClassVar[bool] = False  # its product is dense: the penalties read every latent
 
     folds: ClassVar[bool] = True

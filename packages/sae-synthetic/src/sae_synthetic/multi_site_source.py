@@ -78,6 +78,12 @@ class MultiSiteSource:
     """
 
     config_class: ClassVar[type] = MultiSiteSourceConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "num_features": 48,
+        "sites": {"a": 9, "b": 7},
+        "targets": {"c": 8},
+        "firing_probability": 0.1,
+    }
 
     def __init__(self, config: MultiSiteSourceConfig) -> None:
         self.config = config

@@ -211,6 +211,7 @@ class SyntheticSource:
     """
 
     config_class: ClassVar[type] = SyntheticSourceConfig
+    example: ClassVar[Mapping[str, Any]] = {"num_features": 48, "d_in": 16, "firing_probability": 0.1}
 
     def __init__(self, config: SyntheticSourceConfig) -> None:
         self.config = config

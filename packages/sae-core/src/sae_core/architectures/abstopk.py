@@ -11,6 +11,7 @@ Otherwise this is TopK without its ReLU, auxiliary loss included: dead latents, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -41,6 +42,7 @@ class AbsTopKSAE(SelectingSAE[AbsTopKConfig]):
 
     architecture: ClassVar[str] = "abstopk"
     config_class: ClassVar[type[SAEConfig]] = AbsTopKConfig
+    example: ClassVar[Mapping[str, Any]] = {"k": 4}
 
     def selection(self, progress: float, norms: Tensor | None) -> AbsTopK:
         """The k of every row that are largest in absolute value."""

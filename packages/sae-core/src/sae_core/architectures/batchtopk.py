@@ -6,8 +6,9 @@ what stands in for it once training is over, is in `batch_selecting`; the object
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class BatchTopKSAE(BatchSelectingSAE[BatchTopKConfig]):
 
     architecture: ClassVar[str] = "batchtopk"
     config_class: ClassVar[type[SAEConfig]] = BatchTopKConfig
+    example: ClassVar[Mapping[str, Any]] = {"k": 4}
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error plus the auxiliary loss of dead latents; in train mode the threshold moves."""

@@ -185,6 +185,7 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
 
     architecture: ClassVar[str] = "cross_layer_transcoder"
     config_class: ClassVar[type[SAEConfig]] = CrossLayerTranscoderConfig
+    example: ClassVar[Mapping[str, Any]] = {"reads": {"a": 9, "b": 7}, "writes": {"x": 5, "y": 6}}
     AXES: ClassVar[Mapping[str, Axis]] = {  # a layer's tensors count that layer's latents, not all
         "encoder.*": Axis(None),
         "b_enc.*": Axis(None),

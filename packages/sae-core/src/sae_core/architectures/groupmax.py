@@ -10,8 +10,9 @@ the d_sae / k - 1 others of its group, so fewer of them die. The rest is in `sel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class GroupMaxSAE(SelectingSAE[GroupMaxConfig]):
 
     architecture: ClassVar[str] = "groupmax"
     config_class: ClassVar[type[SAEConfig]] = GroupMaxConfig
+    example: ClassVar[Mapping[str, Any]] = {"k": 4}
 
     def selection(self, progress: float, norms: Tensor | None) -> GroupMax:
         """The largest of every group."""

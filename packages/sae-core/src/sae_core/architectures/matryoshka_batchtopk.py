@@ -17,9 +17,10 @@ level leaves over. Without, all dead latents predict what the whole dictionary l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class MatryoshkaBatchTopKSAE(BatchSelectingSAE[MatryoshkaBatchTopKConfig]):
 
     architecture: ClassVar[str] = "matryoshka_batchtopk"
     config_class: ClassVar[type[SAEConfig]] = MatryoshkaBatchTopKConfig
+    example: ClassVar[Mapping[str, Any]] = {"k": 4, "matryoshka_widths": [16, 32, 64]}
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error of every level plus auxiliary losses; in train mode the threshold moves."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,7 @@ class TemporalSAE(SAE[TemporalConfig]):
 
     architecture: ClassVar[str] = "temporal"
     config_class: ClassVar[type[SAEConfig]] = TemporalConfig
+    example: ClassVar[Mapping[str, Any]] = {"n_heads": 2, "bottleneck_factor": 4, "kval_topk": 8}
     AXES: ClassVar[Mapping[str, Axis]] = {
         "encoder": Axis(0, file="W_enc"),
         "W_dec": Axis(0),

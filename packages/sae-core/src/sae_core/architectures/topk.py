@@ -10,6 +10,7 @@ keep their value where it is below zero, as in circuit-tracer's TopK transcoders
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -44,6 +45,7 @@ class TopKSAE(SelectingSAE[TopKConfig]):
 
     architecture: ClassVar[str] = "topk"
     config_class: ClassVar[type[SAEConfig]] = TopKConfig
+    example: ClassVar[Mapping[str, Any]] = {"k": 4}
 
     def selection(self, progress: float, norms: Tensor | None) -> TopK:
         """The k largest of every row."""

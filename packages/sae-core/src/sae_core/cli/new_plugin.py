@@ -1,7 +1,7 @@
-"""``sae-core new-plugin NAME``: a plugin package with one working architecture, to start from.
+"""``sae-core new-plugin NAME --kind KIND``: a plugin package that works, to start from.
 
-The template is a folder whose paths and texts hold ``{{ cookiecutter.variable }}``, so cookiecutter can render it too; here
-a regular expression is enough.
+The template is a folder of what all kinds share and one of what each kind adds; paths and texts hold ``{{ variable }}``, which
+a regular expression fills in.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from typing import ClassVar, final
 from sae_core.errors import ConfigError, PluginError
 from sae_core.plugins import get_registry
 from sae_core.plugins.finding import core_version
+from sae_core.plugins.manager import KINDS
 
 __all__ = ["NewPlugin", "render"]
 
-_ROOT = "{{ cookiecutter.distribution }}"  # beside it lies what only cookiecutter reads
-_VARIABLE = re.compile(r"\{\{\s*cookiecutter\.(\w+)\s*\}\}")
+_VARIABLE = re.compile(r"\{\{ (\w+) \}\}")
+_SUFFIXES = {"architecture": "SAE", "metric": "Metric"}  # of class names; others are called after their kind
 
 
 @final
 class NewPlugin:
-    """Write a plugin package: an entry point, one architecture, its conformance test."""
+    """Write a plugin package: an entry point, one contribution that works, its conformance test."""
 
     help: ClassVar[str] = (
-        "Start a plugin package of your own: an architecture that trains, its entry point and its conformance test."
+        "Start a plugin package of your own: an architecture that trains, or something else that works, its entry point and "
+        "its conformance test."
     )
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the options."""
+        parser.add_argument("name", help="what it is called, as in `create(NAME, ...)` or `sae-core list`; say cubic")
         parser.add_argument(
-            "name", help="what the architecture is called, as in `create(NAME, ...)`; cubic, for example"
+            "--kind", choices=KINDS, default="architecture", help="what the package provides (default: %(default)s)"
         )
         parser.add_argument(
             "--into", type=Path, default=Path(), metavar="DIR", help="where to put the folder (default: here)"
@@ -46,45 +49,52 @@ class NewPlugin:
 
     def run(self, args: argparse.Namespace) -> int:
         """Render the template."""
-        variables = variables_for(args.name)
+        variables = variables_for(args.name, args.kind)
         _refuse_taken(variables)
         folder = render(args.into, variables)
         print(f"wrote {folder}:")
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             print(f"  {path.relative_to(folder)}")
-        print(f"\nNext:\n  cd {folder}\n  pip install -e . pytest\n  sae-core show {variables['name']}\n  pytest")
+        name = variables["name"]
+        print(
+            f"\nNext:\n  cd {folder}\n  pip install -e . pytest\n  sae-core show {name}\n  sae-core check {name}\n  pytest"
+        )
         return 0
 
 
-def variables_for(name: str) -> dict[str, str]:
+def variables_for(name: str, kind: str = "architecture") -> dict[str, str]:
     """What the template's variables stand for. Raises ConfigError for a name that cannot be registered.
 
-    >>> variables_for("sae-soft-threshold")["class_name"]
-    'SoftThresholdSAE'
+    >>> variables_for("sae-soft-threshold")["class_name"], variables_for("npz_dump", "loader")["class_name"]
+    ('SoftThresholdSAE', 'NpzDumpLoader')
     """
     bare = name.removeprefix("sae-").removeprefix("sae_").replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]|[a-z]", bare):
         raise ConfigError(
-            f"{name!r} cannot be an architecture's name: use lower case letters, digits and underscores, starting with a "
-            "letter"
+            f"{name!r} cannot be the name of a plugin's {kind}: use lower case letters, digits and underscores, starting "
+            "with a letter"
         )
     camel = "".join(part.capitalize() for part in bare.split("_"))
     major, minor, *_ = core_version().split(".")
     return {
+        "kind": kind,
         "name": bare,
+        "what": f"The {bare} {kind}",
+        "command": bare.replace("_", "-"),
+        "variable": f"{bare.upper()}_SAES",
         "distribution": f"sae-{bare.replace('_', '-')}",
         "package": f"sae_{bare}",
-        "class_name": f"{camel}SAE",
+        "class_name": camel + _SUFFIXES.get(kind, kind.capitalize()),
         "config_name": f"{camel}Config",
         "core": f">={major}.{minor},<{major}.{int(minor) + 1}",
     }
 
 
 def _refuse_taken(variables: Mapping[str, str]) -> None:
-    name, package = variables["name"], variables["package"]
-    for contribution in get_registry().contributions("architecture"):
+    name, kind, package = variables["name"], variables["kind"], variables["package"]
+    for contribution in get_registry().contributions(kind):
         if contribution.spec.name == name:
-            raise PluginError(f"{contribution.distribution} already has an architecture {name!r}; choose another name")
+            raise PluginError(f"{contribution.distribution} already has the {kind} {name!r}; choose another name")
     if importlib.util.find_spec(package) is not None:
         raise PluginError(f"a package {package!r} is installed already; choose another name")
 
@@ -100,10 +110,11 @@ def render(into: Path, variables: Mapping[str, str]) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=into))
     try:
-        for relative, text in _files(files("sae_core") / "templates" / "sae-plugin" / _ROOT):
-            path = temporary / _fill(relative, variables)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_fill(text, variables), encoding="utf-8")
+        for part in ("common", variables["kind"]):
+            for relative, text in _files(files("sae_core") / "templates" / "plugin" / part):
+                path = temporary / _fill(relative, variables)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(_fill(text, variables), encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any, ClassVar, final
 
+from sae_core.cli.names import find_one
 from sae_core.cli.tables import paragraphs
-from sae_core.errors import UnknownNameError
-from sae_core.plugins import Contribution, Registry, get_registry
-from sae_core.plugins.errors import unknown_name
+from sae_core.plugins import Contribution, get_registry
 from sae_core.plugins.manager import KINDS
-from sae_core.plugins.records import canonical
 
 __all__ = ["Show"]
 
@@ -40,35 +38,13 @@ class Show:
         """Print it."""
         with redirect_stdout(sys.stderr):  # what a plugin prints while it loads is no part of the answer
             registry = get_registry()
-            contribution = _find(registry, args.name, args.kind)
+            contribution = find_one(registry, args.name, args.kind)
             described = _describe(contribution, registry.resolve(contribution.spec.kind, contribution.qualified))
         if args.json:
             print(json.dumps(described, indent=2, default=str))
         else:
             print(_as_text(described))
         return 0
-
-
-def _find(registry: Registry, name: str, kind: str | None) -> Contribution:
-    owner, colon, bare = name.rpartition(":")
-    bare = bare.replace("-", "_")  # a command's name is typed with dashes
-    name = f"{owner}{colon}{bare}"
-    if kind is not None:
-        return registry.find(kind, name)
-    kinds = [
-        k
-        for k in KINDS
-        if any(
-            c.spec.name == bare and (not owner or c.distribution == canonical(owner)) for c in registry.contributions(k)
-        )
-    ]
-    if len(kinds) > 1:
-        choices = " or ".join(f"--kind {kind}" for kind in kinds)
-        raise UnknownNameError(f"{bare!r} names things of several kinds; add {choices}")
-    if not kinds:
-        known = [known for k in KINDS for known in registry.names(k)]
-        raise UnknownNameError(unknown_name("name", name, known, registry.plugins()))
-    return registry.find(kinds[0], name)
 
 
 def _describe(contribution: Contribution, cls: type) -> dict[str, Any]:

@@ -36,11 +36,21 @@ class TensorFilesConfig:
         require(self.epochs > 0, f"epochs must be positive, not {self.epochs}")
 
 
+def _some_rows(folder: Path) -> list[str]:
+    """A small file, for the checks of sources."""
+    import numpy as np
+
+    path = folder / "rows.npy"
+    np.save(path, torch.randn(200, 8, generator=torch.Generator().manual_seed(0)).numpy())
+    return [str(path)]
+
+
 @final
 class TensorFiles:
     """Rows of activations from files. Raises DataError for files that cannot be read or disagree about the width."""
 
     config_class: ClassVar[type] = TensorFilesConfig
+    example: ClassVar[Mapping[str, Any]] = {"paths": _some_rows}
 
     def __init__(self, config: TensorFilesConfig) -> None:
         self.config = config

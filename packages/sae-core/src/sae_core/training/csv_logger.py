@@ -40,6 +40,7 @@ class CsvLogger:
     """
 
     config_class: ClassVar[type] = CsvConfig
+    example: ClassVar[Mapping[str, str]] = {"path": "{folder}/log.csv"}
 
     def __init__(self, config: CsvConfig) -> None:
         self._path = config.path.absolute()

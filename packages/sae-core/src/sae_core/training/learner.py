@@ -153,7 +153,8 @@ class Learner:
         if not gathers or self._all_gathered(rows):
             clip = self.config.grad_clip_norm
             clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
-            self.sae.after_step()
+            with torch.no_grad():
+                self.sae.after_step()
         self.window.add(result)
         self.dead.add(result)
         if context.progress >= _LAST_PART:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,10 +37,11 @@ class JsonlConfig:
 class JsonlLogger:
     """Appends each record as one line of JSON, flushed at once, so that a killed run keeps what it logged.
 
-    What is not known is null. When a run goes on from a checkpoint, lines that came after it are cut off.
+    What is not known, or no number, is null. When a run goes on from a checkpoint, lines that came after it are cut off.
     """
 
     config_class: ClassVar[type] = JsonlConfig
+    example: ClassVar[Mapping[str, str]] = {"path": "{folder}/log.jsonl"}
 
     def __init__(self, config: JsonlConfig) -> None:
         self._path = config.path.absolute()
@@ -53,7 +55,7 @@ class JsonlLogger:
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append `record`. Raises LogError when the disk refuses."""
-        line = json.dumps({**self._label, **record}, allow_nan=False) + "\n"
+        line = json.dumps({**self._label, **{name: _known(value) for name, value in record.items()}}, allow_nan=False) + "\n"
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,3 +90,8 @@ class JsonlLogger:
 
     def _size(self) -> int:
         return self._path.stat().st_size if self._path.exists() else 0
+
+
+def _known(value: float | int | str | None) -> float | int | str | None:
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,7 +33,9 @@ class Pretrained:
 
         download = actions.add_parser("download", help="fetch an SAE, and check that it loads", allow_abbrev=False)
         download.add_argument("release", help="a release, or a Hub repository owner/name[@revision]")
-        download.add_argument("sae_id", metavar="ID")
+        download.add_argument(
+            "sae_id", metavar="ID", help="the SAE: an id of the release, or a folder of the repository"
+        )
         download.add_argument("--output", metavar="DIR", help="also write it there, in sae-core's own format")
         download.add_argument("--dtype", help="precision of what --output writes; the file's by default")
         download.add_argument("--revision", help="a commit, branch or tag of its repository")

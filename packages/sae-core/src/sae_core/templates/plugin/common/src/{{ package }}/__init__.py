@@ -1,0 +1,1 @@
+"""{{ what }} for sae-core."""

@@ -1,0 +1,19 @@
+"""What this package offers to sae-core. It is imported to list plugins, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sae_core.plugins import WriterSpec, hookimpl
+
+SAE_CORE_HOOKSPEC = 1
+
+
+@hookimpl
+def sae_register_writers() -> Iterator[WriterSpec]:
+    """{{ what }}."""
+    yield WriterSpec(
+        name="{{ name }}",
+        target="{{ package }}.writer:{{ class_name }}",
+        summary="One line for `sae-core list writers`",
+    )

@@ -1,1 +1,0 @@
-"""The {{ cookiecutter.name }} architecture for sae-core."""

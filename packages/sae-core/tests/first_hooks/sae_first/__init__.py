@@ -1,0 +1,1 @@
+"""One contribution of each kind."""
