@@ -20,7 +20,7 @@ from sae_core.plugins.manager import KINDS
 from sae_core.testing import run_checks
 
 FOLDER = Path(__file__).parent / "first_hooks"
-AS_IT_WAS = "6da1825d5065a7b32a0dcb101460e5cf89e7680f37e089069b9721b47d5dc1b0"
+AS_IT_WAS = "c21e973f44468176059fdfa46b021e9eacb31df542b4b880b4748de2e8320ad7"
 
 
 @pytest.fixture(autouse=True)

@@ -343,7 +343,11 @@ def resolved(
         name: {"architecture": named_architecture(sae), **unstructure(sae.config), **_start_of(members[name])}
         for name, sae in saes.items()
     }
-    plain = {**unstructure(absolute_paths(run)), "source": {"name": run.source["name"], **fields}}
+    plain = {
+        **unstructure(absolute_paths(run)),
+        "source": {"name": _lasting("source", run.source["name"]), **fields},
+        "loggers": [{**unstructure(each), "name": _lasting("logger", each["name"])} for each in run.loggers],
+    }
     if list(saes) == [""]:
         return {**plain, "sae": full[""], "seed": members[""].seed}
     several = [
@@ -355,6 +359,11 @@ def resolved(
 
 def _start_of(member: Member) -> dict[str, str]:
     return {"start": str(Path(member.sae["start"]).absolute())} if "start" in member.sae else {}
+
+
+def _lasting(kind: str, name: str) -> str:
+    """The name under which it is found later, or which says what to install."""
+    return get_registry().find(kind, name).lasting
 
 
 def _new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:

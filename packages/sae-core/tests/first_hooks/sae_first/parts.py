@@ -1,3 +1,4 @@
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class FirstLoader:
             raise ConfigError(f"first: no facts are needed, found {sorted(overrides)}")
         path = source.path(join(folder, "first.npz"))
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
         except Exception as error:
             raise FormatError(f"{path}: not a readable .npz file: {error}") from None
