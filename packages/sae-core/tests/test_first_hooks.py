@@ -20,7 +20,7 @@ from sae_core.plugins.manager import KINDS
 from sae_core.testing import run_checks
 
 FOLDER = Path(__file__).parent / "first_hooks"
-AS_IT_WAS = "c21e973f44468176059fdfa46b021e9eacb31df542b4b880b4748de2e8320ad7"
+AS_IT_WAS = "31683bb2d07a5a3d27d23cbb54f1ba7cc83a8ff1e04e6c4f238e5dca7bb27e94"
 
 
 @pytest.fixture(autouse=True)

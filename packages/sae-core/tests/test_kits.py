@@ -35,7 +35,7 @@ from sae_core.plugins import (
     get_registry,
     reset_registry,
 )
-from sae_core.protocols import ActivationBatch, CatalogueEntry, FileSource, LoadedSAE
+from sae_core.protocols import ActivationBatch, CatalogueEntry, FileSource, LoadedSAE, RunFacts
 from sae_core.testing import NotApplicable, PluginFolder, Subject, checks_of, parametrize_with_checks, run_checks
 from sae_core.testing.kit import Check, in_a_folder
 from safetensors.torch import save_file
@@ -476,6 +476,9 @@ class PlainLogger:
     def __init__(self, config: LogConfig) -> None:
         self.path, self.closed = config.path, 0
 
+    def start(self, run: RunFacts) -> None:
+        pass
+
     def log(self, record: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(dict(record)) + "\n")
@@ -533,13 +536,12 @@ class NumbersOnly(PlainLogger):
 
 
 class FixedColumns(PlainLogger):
-    """Has the columns of its first record for ever."""
-
-    columns: tuple[str, ...] = ()
+    """Has the columns of the first record for ever, for all that share its file."""
 
     def log(self, record: Any) -> None:
-        self.columns = self.columns or tuple(record)
-        if tuple(record) != self.columns:
+        if not self.path.exists():
+            self.path.write_text(",".join(record) + "\n")
+        elif self.path.read_text().splitlines()[0] != ",".join(record):
             raise ValueError("other columns")
 
 
@@ -560,7 +562,7 @@ LOGGERS: list[tuple[str, type, str]] = [
     ("check_values_that_are_no_numbers", StrictJson, "JSON compliant"),
     ("check_close", ClosesOnce, "already closed"),
     ("check_run", NumbersOnly, "NumbersOnly failed and is left out from here on: TypeError: None is no number"),
-    ("check_several_runs", FixedColumns, "other columns"),
+    ("check_several_dictionaries", FixedColumns, "other columns"),
     ("check_resumes", LosesItsState, "neither a tensor|cannot be saved|LosesItsState"),
 ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import ConfigError
-from sae_core.protocols import ActivationBatch
+from sae_core.protocols import ActivationBatch, RunFacts
 from sae_core.sae import SAE, StepContext, StepOutput
 from sae_core.testing.architecture_files import NORMALIZATIONS
 from sae_core.testing.kit import Check, NotApplicable, Subject
@@ -218,6 +218,9 @@ class _Kept:
 
     def __init__(self) -> None:
         self.records: list[Mapping[str, float | int | str | None]] = []
+
+    def start(self, run: RunFacts) -> None:
+        """Nothing is opened."""
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
         self.records.append(dict(record))

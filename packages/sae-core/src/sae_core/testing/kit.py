@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
-from sae_core.errors import ConfigError, UnknownNameError, did_you_mean
+from sae_core.errors import ConfigError, MissingDependencyError, UnknownNameError, did_you_mean
 from sae_core.plugins import Contribution, get_registry
 
 if TYPE_CHECKING:
@@ -206,7 +206,10 @@ def parametrize_with_checks(
 def in_a_folder(check: Check, subject: Subject) -> None:
     """Run a check with an empty folder that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="sae-core-check-") as folder:
-        check(replace(subject, folder=Path(folder)))
+        try:
+            check(replace(subject, folder=Path(folder)))
+        except MissingDependencyError as error:
+            raise NotApplicable(str(error)) from error
 
 
 def _expected(failures: Mapping[str, str] | None, checks: Iterable[Check]) -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import cast
 
 import torch
 
-from sae_core.protocols import Logger, Resumable
+from sae_core.protocols import Logger, Resumable, RunFacts
 from sae_core.sae import create
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class, check_options
 from sae_core.training.checkpoint import read_checkpoint, write_checkpoint
@@ -26,7 +27,7 @@ def check_records(subject: Subject) -> None:
 
     The first value under a name may be None, and a number later.
     """
-    logger = _logger(subject)
+    logger = _started(subject)
     for step in range(1, 4):
         record = _record(step)
         kept = dict(record)
@@ -37,7 +38,7 @@ def check_records(subject: Subject) -> None:
 
 def check_values_that_are_no_numbers(subject: Subject) -> None:
     """NaN and infinity do not break it: what is measured may have no value, and the log should say so."""
-    logger = _logger(subject)
+    logger = _started(subject)
     logger.log(_record(1))
     logger.log({**_record(2), "loss": math.nan, "explained_variance": -math.inf})
     logger.log(_record(3))
@@ -45,11 +46,11 @@ def check_values_that_are_no_numbers(subject: Subject) -> None:
 
 
 def check_close(subject: Subject) -> None:
-    """`close` may come twice, and before any record."""
+    """`close` may come twice, and before any record, or `start`."""
     unused = _logger(subject)
     unused.close()
     unused.close()
-    used = _logger(subject)
+    used = _started(subject)
     used.log(_record(1))
     used.close()
     used.close()
@@ -70,13 +71,29 @@ def check_run(subject: Subject) -> None:
     assert not said, said[0]
 
 
-def check_several_runs(subject: Subject) -> None:
-    """One logger takes the records of several dictionaries, each with ``sae: NAME`` in front and names of its own."""
-    logger = _logger(subject)
-    logger.log({"sae": "k=16", **_record(1)})
-    logger.log({"sae": "gated", **_record(1), "loss/gate": 0.25})
-    logger.log({"sae": "k=16", **_record(2)})
-    logger.close()
+def check_several_dictionaries(subject: Subject) -> None:
+    """A run of several dictionaries has a logger of the same config for each, told apart by `start`; their records may differ.
+
+    Whatever they share, a file say, takes the records of both in turn. `start` gets the SAE in training and what was set, and
+    leaves both as they are.
+    """
+    one, two = _logger(subject), _logger(subject)
+    settings = {
+        "sae": {"architecture": "standard", "d_in": 8, "l1": {"from": 0, "to": 1}},
+        "output": "runs/x",
+        "seed": None,
+    }
+    for logger, name in ((one, "k=16"), (two, "gated")):
+        facts = RunFacts(sae=create("standard", d_in=8, d_sae=16), name=name, config=settings, folder=subject.folder)
+        before = json.dumps(settings)
+        logger.start(facts)
+        assert json.dumps(settings) == before, "start() changes the config that it is told"
+    one.log(_record(1))
+    two.log({**_record(1), "loss/gate": 0.25})
+    one.log(_record(2))
+    two.log({**_record(2), "loss/gate": 0.5})
+    for logger in (one, two):
+        logger.close()
 
 
 def check_resumes(subject: Subject) -> None:
@@ -109,6 +126,12 @@ def _logger(subject: Subject) -> Logger:
     return cast("Logger", subject.new())
 
 
+def _started(subject: Subject) -> Logger:
+    logger = _logger(subject)
+    logger.start(RunFacts(sae=create("standard", d_in=8, d_sae=16), folder=subject.folder))
+    return logger
+
+
 def _record(step: int) -> _Record:
     return {
         "step": step,
@@ -130,6 +153,6 @@ CHECKS: tuple[Check, ...] = (
     check_values_that_are_no_numbers,
     check_close,
     check_run,
-    check_several_runs,
+    check_several_dictionaries,
     check_resumes,
 )

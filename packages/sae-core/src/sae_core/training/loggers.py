@@ -55,7 +55,10 @@ class JsonlLogger:
 
     def log(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append `record`. Raises LogError when the disk refuses."""
-        line = json.dumps({**self._label, **{name: _known(value) for name, value in record.items()}}, allow_nan=False) + "\n"
+        line = (
+            json.dumps({**self._label, **{name: _known(value) for name, value in record.items()}}, allow_nan=False)
+            + "\n"
+        )
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)

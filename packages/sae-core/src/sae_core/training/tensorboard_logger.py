@@ -38,6 +38,7 @@ class TensorBoardLogger:
     """Writes records where TensorBoard finds them. Raises MissingDependencyError without the package tensorboard."""
 
     config_class: ClassVar[type] = TensorBoardConfig
+    example: ClassVar[Mapping[str, str]] = {"folder": "{folder}"}
 
     def __init__(self, config: TensorBoardConfig) -> None:
         try:

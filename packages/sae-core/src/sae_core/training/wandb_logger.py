@@ -42,6 +42,7 @@ class WandbLogger:
     """Sends records to Weights & Biases. Raises MissingDependencyError without the package wandb."""
 
     config_class: ClassVar[type] = WandbConfig
+    example: ClassVar[Mapping[str, str]] = {"mode": "disabled"}
 
     def __init__(self, config: WandbConfig) -> None:
         try:

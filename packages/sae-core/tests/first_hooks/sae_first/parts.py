@@ -93,8 +93,8 @@ class FirstWriter:
     def write(self, sae, exported, folder):
         if exported.architecture != "sae-core:standard" or set(exported.tensors) != set(ARRAYS):
             raise FormatError(f"first holds plain ReLU dictionaries, not {exported.architecture}")
-        if exported.config.normalize_activations != "none":
-            raise FormatError("first holds no normalisation")
+        if exported.config.normalize_activations != "none" or not exported.config.apply_b_dec_to_input:
+            raise FormatError("first holds no normalisation and no transcoder")
         np.savez(folder / "first.npz", **{name: exported.tensors[name].float().numpy() for name in ARRAYS})
         return ["metadata are left out"]
 
@@ -196,6 +196,9 @@ class FirstLogger:
 
     def __init__(self, config):
         self.path = config.path
+
+    def start(self, run):
+        self.name = run.name
 
     def log(self, record):
         with self.path.open("a", encoding="utf-8") as file:

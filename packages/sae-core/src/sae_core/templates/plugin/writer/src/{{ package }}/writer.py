@@ -31,8 +31,8 @@ class {{ class_name }}:
         if set(exported.tensors) != set(ARRAYS) or exported.config.normalize_activations != "none":
             raise FormatError("{{ name }} has no place for a skip path, nor for a normalisation that differs from row to row")
         widths = {"width": exported.config.d_in, "latents": exported.config.d_sae}
-        centred = {"centred": bool(exported.config.apply_b_dec_to_input)}
-        (folder / "{{ name }}.json").write_text(json.dumps({**widths, **centred}), encoding="utf-8")
+        more = {"outputs": sae.d_out, "centred": bool(exported.config.apply_b_dec_to_input)}
+        (folder / "{{ name }}.json").write_text(json.dumps({**widths, **more}), encoding="utf-8")
         arrays = {name: exported.tensors[name].to(torch.float32).cpu().numpy() for name in ARRAYS}
         np.savez(folder / "{{ name }}.npz", **arrays)
         return ["facts about the model and training are left out"]
