@@ -43,6 +43,7 @@ INNER = {  # how it is done; nobody who uses the package or extends it needs the
         "triton_kernels",
     ),
     "sae_core.plugins": ("finding", "manager", "promises", "switches"),
+    "sae_core.testing": ("small",),
     "sae_core.training": ("learner", "monitor", "optimizer", "row_blocks", "steering"),
 }
 

@@ -84,7 +84,8 @@ class WandbLogger:
         """End their run, with the norms of the decoder rows in its summary."""
         handle, self._handle = self._handle, None
         if handle is not None and self._run is not None:
-            norms = self._run.sae.directions().cpu().double().norm(dim=-1).numpy()  # float32 has no bins between equal norms
+            # In float64, as float32 has no room for bins between norms that are nearly equal.
+            norms = self._run.sae.directions().cpu().double().norm(dim=-1).numpy()
             handle.summary["weights/W_dec_norms"] = self._wandb.Histogram(norms)
             handle.finish()
 
