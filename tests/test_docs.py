@@ -137,8 +137,7 @@ STAGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Names]] = {
 }
 MADE_STUDY = """
 from pathlib import Path
-from sae_lm import HuggingFaceSource, HuggingFaceSourceConfig, TextConfig
-from sae_lm.study import StudyConfig, study as made_study
+from sae_lm import HuggingFaceSource, HuggingFaceSourceConfig, StudyConfig, TextConfig, study as made_study
 Path("text.txt").write_text("A few words of text.\\n\\nAnd some more of them.\\n\\n" * 30)
 text = TextConfig(kind="file", path="text.txt")
 config = HuggingFaceSourceConfig(model="tiny", hook="model.layers.9", context_size=24, text=text)
@@ -170,6 +169,8 @@ recipes(given["model"], given["sae"], source, given["tokens"])
     "docs/how-to/look-inside.md": MADE_STUDY + "tell('study', most_frequent)",
 }
 REPLACED: dict[str, dict[str, str]] = {
+    "README.md": {"300_000": "60_000"},
+    "docs/tutorial.md": {"300_000": "60_000"},
     "docs/coming-from-saelens.md": {
         '"blocks.8.hook_resid_pre"': '"model.layers.8:input"',
         "1234": "12",
