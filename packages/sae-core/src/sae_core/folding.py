@@ -7,7 +7,7 @@ latents alone is for the architecture to say (`LinearSAE.folds`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from sae_core.normalization import AffineMap
 
 __all__ = ["fold_decoder_norm", "fold_normalization"]
+
+_BLOCK_ROWS = 256
 
 
 def fold_decoder_norm(tensors: Mapping[str, Tensor], scales: Mapping[str, str], norms: Tensor) -> dict[str, Tensor]:
@@ -32,10 +34,11 @@ def fold_decoder_norm(tensors: Mapping[str, Tensor], scales: Mapping[str, str], 
     folded = dict(tensors)
     for name, how in scales.items():
         if name in tensors and how != "no":
-            tensor = tensors[name].double()
-            along = (-1, *(1 for _ in tensor.shape[1:]))
-            folded[name] = tensor * norms.view(along) if how == "with_norm" else tensor / divisors.view(along)
-    return _cast_like(folded, tensors)
+            with_norm = how == "with_norm"
+            folded[name] = _by_row(
+                torch.mul if with_norm else torch.div, tensors[name], norms if with_norm else divisors
+            )
+    return folded
 
 
 def fold_normalization(
@@ -74,6 +77,14 @@ def fold_normalization(
 def _right(tensor: Tensor, matrix: Tensor) -> Tensor:
     """``tensor @ matrix``, the matrix as a whole or as its diagonal."""
     return tensor @ matrix if matrix.dim() == 2 else tensor * matrix
+
+
+def _by_row(operation: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, numbers: Tensor) -> Tensor:
+    """`operation` on each row and its number, block by block, so that no whole matrix of float64 comes to be."""
+    made = torch.empty_like(tensor)
+    for block, rows, part in zip(*(t.split(_BLOCK_ROWS) for t in (made, tensor, numbers)), strict=True):
+        block.copy_(operation(rows.double(), part.view(-1, *(1 for _ in tensor.shape[1:]))))
+    return made
 
 
 def _cast_like(folded: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """A safetensors file written from memory as it lies there, with a checksum of every tensor taken on the way.
 
 The safetensors library turns every tensor into bytes of its own before it writes one, and knows the header before the data, so
-checksums in the header would cost a pass over all of it first. Here the checksums are taken by a second thread while the system
-takes the bytes, and the header, whose length does not depend on them, is filled in at the end.
+checksums in the header would cost a pass over all of it first. Here a second thread turns transposed tensors and takes the
+checksums while the system takes the bytes, and the header, whose length does not depend on them, is filled in at the end.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ def crc32(tensor: Tensor) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]) -> bytes:
-    """Write `tensors`, contiguous and on the CPU, and return the header with its length before it.
+    """Write `tensors`, on the CPU and in any layout, and return the header with its length before it.
 
     `said` makes what the header says of the file from the checksums by name; its length must not depend on them.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
     before = _header(ordered, said(dict.fromkeys(tensors, _NO_SUM)))
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
-        sums = {name: beside.submit(crc32, tensor) for name, tensor in ordered}
+        in_order = {name: beside.submit(tensor.contiguous) for name, tensor in ordered}
+        sums = {name: beside.submit(lambda made: crc32(made.result()), made) for name, made in in_order.items()}
         file.write(before)
-        for _, tensor in ordered:
-            file.write(_bytes(tensor))
+        for made in in_order.values():
+            file.write(_bytes(made.result()))
         header = _header(ordered, said({name: found.result() for name, found in sums.items()}))
         if len(header) != len(before):
             raise FormatError(f"{path}: not written: the header's length depends on the checksums in it")

@@ -58,7 +58,7 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
     """Write `sae` in inference form to the folder `path`; `overwrite` replaces files that are not an SAE of this format."""
     exported = checked_export(sae)
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in exported.tensors.items()}
+    tensors = {name: tensor.detach().to("cpu") for name, tensor in exported.tensors.items()}
     _check_finite(tensors, path)
     training = sae if needs_training_form(sae, exported) else None
     with trouble(path, "writing"):
