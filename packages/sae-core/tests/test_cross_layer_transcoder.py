@@ -283,6 +283,18 @@ def test_batchtopk_is_saved_as_thresholds(tmp_path: Path) -> None:
     assert loaded.metadata["training_architecture"] == "cross_layer_transcoder"
 
 
+@pytest.mark.parametrize("other", ["cross_layer_transcoder", "standard", "gated"])
+def test_directions_of_some_latents_and_norms_of_all_are_those_of_the_whole(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_core.dictionary._DIRECTIONS_AT_ONCE", 3)
+    sae = made("topk") if other == "cross_layer_transcoder" else create(other, d_in=5, d_sae=8)
+    whole = sae.directions()
+    assert whole.shape == (sae.d_sae, sae.d_out)
+    torch.testing.assert_close(sae.directions(torch.tensor([4, 1])), whole[[4, 1]])
+    torch.testing.assert_close(sae.direction_norms(), whole.norm(dim=-1))
+
+
 def test_no_tensor_has_the_decoders_zeros(tmp_path: Path) -> None:
     """Six layers: all that exists, in training and in files, is 21 of 36 blocks."""
     layers, width, per = 6, 16, 32

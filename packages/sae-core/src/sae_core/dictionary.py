@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 
+_DIRECTIONS_AT_ONCE = 2048
 _STATISTICS = ("normalization.", "target_normalization.")
 RESERVED_FIELDS = ("architecture", "device", "dtype", "metadata", "sae_lens_version")
 
@@ -309,11 +310,18 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         raise ConfigError(f"{self.architecture}: latents of this architecture cannot be pointed at a row and restarted")
 
     @torch.no_grad()
-    def directions(self) -> Tensor:
-        """(d_sae, d_out): what a unit of each latent adds to the normalised output, whatever its own sign or scale."""
-        latents = torch.arange(self.d_sae, device=self.device)
-        ones = torch.ones(self.d_sae, 1, dtype=self.dtype, device=self.device)
+    def directions(self, latents: Tensor | None = None) -> Tensor:
+        """(n, d_out): what a unit of each of these latents (n,), without them of all, adds to the normalised output,
+        whatever its own sign or scale.
+        """
+        latents = torch.arange(self.d_sae, device=self.device) if latents is None else latents.to(self.device)
+        ones = torch.ones(len(latents), 1, dtype=self.dtype, device=self.device)
         return self.decode_rows(SparseCodes.regular(ones, latents.unsqueeze(-1), self.d_sae), None) - self.offset()
+
+    def direction_norms(self) -> Tensor:
+        """(d_sae,) norms of the latents' `directions`, of which only some are in memory at a time."""
+        everything = torch.arange(self.d_sae, device=self.device)
+        return torch.cat([self.directions(latents).norm(dim=-1) for latents in everything.split(_DIRECTIONS_AT_ONCE)])
 
     @torch.no_grad()
     def offset(self) -> Tensor:

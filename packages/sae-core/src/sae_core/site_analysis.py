@@ -152,7 +152,7 @@ def latent_scaling(
             f"latent scaling needs one direction for a latent; with {sae.config.normalize_activations} it differs by row"
         )
     chosen = torch.as_tensor(list(range(sae.d_sae) if latents is None else latents), device=sae.device)
-    rows_NO = sae.directions()[chosen].double()
+    rows_NO = sae.directions(chosen).double()
     own_NW = rows_NO[:, slices[own]]
     power_N = torch.zeros(len(chosen), dtype=torch.float64, device=sae.device)
     along = {kind: {name: torch.zeros_like(power_N) for name in slices} for kind in ("error", "reconstruction")}

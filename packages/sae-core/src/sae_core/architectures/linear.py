@@ -271,9 +271,9 @@ class LinearSAE(SAE[C], ABC):
         """What the normalised output `y_RO` leaves over of the normalised target."""
         return (prepared.z if self.reconstructs_input else target) - y_RO
 
-    def directions(self) -> Tensor:
-        """The decoder's rows, (d_sae, d_out)."""
-        return self.W_dec.detach()
+    def directions(self, latents: Tensor | None = None) -> Tensor:
+        """The decoder's rows (n, d_out) of these latents, without them of all."""
+        return self.W_dec.detach() if latents is None else self.W_dec.detach()[latents.to(self.device)]
 
     def offset(self) -> Tensor:
         """b_dec, beside the skip path."""

@@ -121,7 +121,7 @@ def _curves(history: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any
 
 
 def _latents(page: Page, result: TrainResult) -> list[dict[str, Any]]:
-    norms = result.sae.directions().float().norm(dim=-1)
+    norms = result.sae.direction_norms().float()
     figures = [histogram("Norms of the decoder rows", norms, "norm")]
     density = result.density
     if density is not None:

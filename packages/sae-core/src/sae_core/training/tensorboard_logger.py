@@ -77,5 +77,5 @@ class TensorBoardLogger:
         """Write the norms of the decoder rows as a histogram, and close the file."""
         writer, self._writer = self._writer, None
         if writer is not None and self._run is not None:
-            writer.add_histogram("weights/W_dec_norms", self._run.sae.directions().float().norm(dim=-1).cpu())
+            writer.add_histogram("weights/W_dec_norms", self._run.sae.direction_norms().float().cpu())
             writer.close()

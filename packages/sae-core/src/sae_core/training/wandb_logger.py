@@ -85,7 +85,7 @@ class WandbLogger:
         handle, self._handle = self._handle, None
         if handle is not None and self._run is not None:
             # In float64, as float32 has no room for bins between norms that are nearly equal.
-            norms = self._run.sae.directions().cpu().double().norm(dim=-1).numpy()
+            norms = self._run.sae.direction_norms().cpu().double().numpy()
             handle.summary["weights/W_dec_norms"] = self._wandb.Histogram(norms)
             handle.finish()
 
