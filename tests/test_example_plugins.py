@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sae_core import SAE, SparseCodes, TrainConfig, Trainer, create
-from sae_core.errors import ConfigError, UnknownNameError
+from sae_core.errors import ConfigError, FormatError, UnknownNameError
 from sae_core.plugins import get_registry, reset_registry
 from sae_core.testing import PluginFolder, run_checks
 
@@ -155,6 +155,16 @@ def test_what_they_save_loads_where_they_are_installed_and_says_what_to_install_
     assert SAE.load(tmp_path / "archetypal").architecture == "topk"
     with pytest.raises(UnknownNameError, match="sae-archetypal"):
         SAE.load(tmp_path / "archetypal", form="training")
+
+
+def test_an_archetypal_dictionary_is_written_for_other_libraries_as_the_topk_that_it_is(tmp_path: Path) -> None:
+    from sae_core.format.convert import convert
+
+    sae = trained(PLUGINS[2])
+    convert(sae, "sparsify", tmp_path / "theirs")
+    torch.testing.assert_close(SAE.load(tmp_path / "theirs")(X[:20]), sae(X[:20]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(FormatError, match="sparsify cannot express architecture 'sae-switch:switch'"):
+        convert(trained(PLUGINS[1]), "sparsify", tmp_path / "other")
 
 
 def test_dedicated_latents_read_and_write_their_own_site_alone() -> None:

@@ -26,6 +26,7 @@ from sae_core import SAE
 from sae_core.codes import SparseCodes
 from sae_core.config import option, require, unstructure
 from sae_core.errors import ConfigError, DataError, FormatError
+from sae_core.plugins import get_registry
 from torch import Tensor
 
 from sae_lm.collect import BIN_EDGES, CoFiring, Kept, SnippetReader, Totals, first_position, hashed, peaks
@@ -110,12 +111,13 @@ def study(
     model = source.language_model.model
     named = any(isinstance(sae.metadata.get(key), str) for key in ("hook_name", "hf_hook_name"))
     route = route_of(sae, model, at or (None if named or not sae.reconstructs_input else str(source.point)))
+    architecture = get_registry().lasting_name("architecture", type(sae))
     settings = {
         "study": {k: v for k, v in unstructure(config).items() if k != "save_minutes"},
         "place": str(route),
         "part": part,
         "source": {k: v for k, v in unstructure(source.config).items() if k not in ("device", "batch_prompts")},
-        "sae": {"architecture": sae.architecture, "config": unstructure(sae.config), "weights": _fingerprint(sae)},
+        "sae": {"architecture": architecture, "config": unstructure(sae.config), "weights": _fingerprint(sae)},
         "batch_prompts": batch_prompts,
     }
     run = _Run(sae, source, route, config, folder, settings, batch_prompts, part)

@@ -1,4 +1,4 @@
-"""The README of a repository of SAEs: what they are for and how to load them, with both libraries that can.
+"""The README of a repository of SAEs: what they are for and how to load them, with every library that can.
 
 The list of SAEs stands between two comments, so that a later upload can bring it up to date and leave everything that
 people have written around it alone. A README without these comments is theirs and is not touched.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import UnknownNameError
+from sae_core.plugins import get_registry
 
 from sae_pretrained.models import base_model
 
@@ -35,19 +36,29 @@ class SharedSAE:
     d_sae: int
     model: str | None
     hook: str | None
+    for_sae_lens: bool = True
+    """Whether SAELens reads it, too."""
 
     @classmethod
     def describe(cls, sae_id: str, sae: SAE[Any]) -> SharedSAE:
         """From a loaded SAE; base model and hook point are what its metadata say."""
+        from sae_core.format.sae_lens_writer import sae_lens_reads
+
         facts = sae.metadata.get("sae_core", {})
         return cls(
             sae_id=sae_id,
-            architecture=sae.architecture,
+            architecture=get_registry().lasting_name("architecture", type(sae)),
             d_in=sae.d_in,
             d_sae=sae.d_sae,
             model=facts.get("base_model") or _hub_id(sae.metadata.get("model_name")),
             hook=sae.metadata.get("hook_name") or sae.metadata.get("hf_hook_name"),
+            for_sae_lens=sae_lens_reads(sae),
         )
+
+    @property
+    def package(self) -> str:
+        """The distribution that reads it."""
+        return self.architecture.rpartition(":")[0] or "sae-core"
 
     def row(self) -> str:
         """A line of the card's table."""
@@ -92,10 +103,12 @@ def _new_card(repository: str, saes: list[SharedSAE]) -> str:
     models = sorted({sae.model for sae in saes if sae.model and "/" in sae.model})
     base = ["base_model:", *(f"- {model}" for model in models)] if models else []
     first = saes[0].sae_id
+    readable = [sae.sae_id for sae in saes if sae.for_sae_lens]
+    packages = ["sae-core", "sae-pretrained", *sorted({sae.package for sae in saes} - {"sae-core", "local"})]
     return "\n".join(
         [
             "---",
-            "library_name: saelens",  # by this name the Hub offers a snippet; the files are the same for both libraries
+            *(["library_name: saelens"] if readable else []),  # by this name the Hub offers a snippet
             "tags:",
             "- sparse-autoencoder",
             "- sae-core",
@@ -109,7 +122,7 @@ def _new_card(repository: str, saes: list[SharedSAE]) -> str:
             "",
             _list(sae.row() for sae in saes),
             "",
-            "With sae-core (`pip install sae-core sae-pretrained`):",
+            f"With sae-core (`pip install {' '.join(packages)}`):",
             "",
             "```python",
             "from sae_core import SAE",
@@ -117,16 +130,22 @@ def _new_card(repository: str, saes: list[SharedSAE]) -> str:
             f'sae = SAE.from_pretrained("{repository}", "{first}")',
             "```",
             "",
-            "With [SAELens](https://github.com/decoderesearch/SAELens) 6 or later:",
-            "",
-            "```python",
-            "from sae_lens import SAE",
-            "",
-            f'sae = SAE.from_pretrained("{repository}", "{first}")',
-            "```",
-            "",
+            *(_for_sae_lens(repository, readable[0]) if readable else []),
         ]
     )
+
+
+def _for_sae_lens(repository: str, sae_id: str) -> list[str]:
+    return [
+        "With [SAELens](https://github.com/decoderesearch/SAELens) 6 or later:",
+        "",
+        "```python",
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.from_pretrained("{repository}", "{sae_id}")',
+        "```",
+        "",
+    ]
 
 
 def _list(rows: Iterable[str]) -> str:

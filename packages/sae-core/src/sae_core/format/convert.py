@@ -7,7 +7,6 @@ replaces another.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from sae_core.durable import sync_file, sync_folder
 from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.exports import exported as checked_export
-from sae_core.format.exports import provider_of
+from sae_core.format.exports import qualified
 from sae_core.format.trouble import explained, trouble
 from sae_core.plugins import Contribution, get_registry
 
@@ -42,7 +41,7 @@ def convert(sae: SAE, to: str, output: str | Path) -> list[str]:
     for name, tensor in made.tensors.items():
         if not bool(tensor.isfinite().all()):
             raise FormatError(f"not converted: tensor {name!r} holds NaN or infinite values")
-    made = dataclasses.replace(made, architecture=provider_of(made, sae).qualified)
+    made = qualified(made, sae)
     with trouble(output, "writing"):
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}."[:200], dir=output.parent))

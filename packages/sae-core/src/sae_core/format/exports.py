@@ -7,6 +7,7 @@ starts, not when it has ended.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from sae_core.dictionary import Dictionary, Export
 from sae_core.errors import FormatError
 from sae_core.plugins import Contribution, get_registry
 
-__all__ = ["check_export", "exported", "provider_of"]
+__all__ = ["check_export", "exported", "provider_of", "qualified"]
 
 
 def exported(sae: Dictionary) -> Export:
@@ -70,3 +71,8 @@ def provider_of(made: Export, by: Dictionary) -> Contribution:
     if made.architecture == by.architecture:
         return get_registry().provider_of("architecture", type(by))
     return get_registry().find("architecture", made.architecture)
+
+
+def qualified(made: Export, by: Dictionary) -> Export:
+    """`made` with the architecture under its full name, ``"sae-core:topk"``."""
+    return dataclasses.replace(made, architecture=provider_of(made, by).qualified)

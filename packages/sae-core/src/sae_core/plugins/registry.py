@@ -116,6 +116,13 @@ class Registry:
             f"no plugin provides the {kind} {where}; in a notebook, get_registry().register it first"
         )
 
+    def lasting_name(self, kind: str, cls: type) -> str:
+        """The name for `cls` that means it whatever is installed later: with its owner, unless it is sae-core's.
+
+        Raises UnknownNameError where nobody provides it.
+        """
+        return self.provider_of(kind, cls).lasting
+
     def resolve(self, kind: str, name: str) -> type:
         """The class behind `name`: imported at the first use, then kept.
 

@@ -64,7 +64,7 @@ def named_architecture(sae: SAE) -> str:
     from sae_core.plugins import get_registry
 
     try:
-        return get_registry().provider_of("architecture", type(sae)).lasting
+        return get_registry().lasting_name("architecture", type(sae))
     except UnknownNameError:
         return (
             sae.architecture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.errors import ConfigError
+from sae_core.plugins import get_registry
 from sae_core.protocols import CatalogueEntry
 
 from sae_pretrained.cli.common import as_json, catalogues_of, print_facts, print_json, size
@@ -94,7 +95,7 @@ def _described(verified: Verified) -> dict[str, Any]:
     return {
         "where": verified.where,
         "format": verified.format,
-        "architecture": sae.architecture,
+        "architecture": get_registry().lasting_name("architecture", type(sae)),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "d_out": sae.d_out,

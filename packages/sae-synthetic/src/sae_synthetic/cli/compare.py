@@ -46,6 +46,7 @@ class Compare:
         """Load both, compare, print."""
         from sae_core.cli.tables import table
         from sae_core.config import require
+        from sae_core.plugins import get_registry
 
         from sae_synthetic.comparison import compare_saes
 
@@ -60,9 +61,10 @@ class Compare:
         smaller = min(len(found.best_in_a), len(found.best_in_b))
         shared = len(found.shared(args.shared))
         only = {"A": found.only_in_a(args.only), "B": found.only_in_b(args.only)}
+        names = [get_registry().lasting_name("architecture", type(sae)) for sae in saes]
         rows = [
-            ["A", args.a, saes[0].architecture, str(saes[0].d_sae), str(len(only["A"]))],
-            ["B", args.b, saes[1].architecture, str(saes[1].d_sae), str(len(only["B"]))],
+            ["A", args.a, names[0], str(saes[0].d_sae), str(len(only["A"]))],
+            ["B", args.b, names[1], str(saes[1].d_sae), str(len(only["B"]))],
         ]
         print(table(["", "SAE", "ARCHITECTURE", "LATENTS", f"ONLY HERE (< {args.only:g})"], rows))
         print(
