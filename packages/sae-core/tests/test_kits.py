@@ -182,7 +182,7 @@ class NaNs(PlainSource):
     """Gives NaN now and then."""
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        for number, rows in enumerate(PlainRows(batch_size, 0)):
+        for number, rows in enumerate(PlainRows(batch_size, self.config.seed)):
             rows[0, 0] = math.nan if number == 3 else 0
             yield rows
 
@@ -191,7 +191,7 @@ class WholeNumbers(PlainSource):
     """Gives integers."""
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        return (rows.long() for rows in PlainRows(batch_size, 0))
+        return (rows.long() for rows in PlainRows(batch_size, self.config.seed))
 
 
 class OneBatchOnly(PlainSource):
@@ -223,6 +223,22 @@ class GlobalDraws(PlainSource):
         return iter(self.kept.split(batch_size))
 
 
+class SeedIgnored(PlainSource):
+    """Has a seed that makes no difference."""
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        return PlainRows(batch_size, 7)
+
+
+class OneMemory(PlainSource):
+    """Gives out the same memory each time."""
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        memory = torch.empty(batch_size, 8)
+        for rows in PlainRows(batch_size, self.config.seed):
+            yield memory.copy_(rows)
+
+
 class ForgetfulRows(PlainRows):
     """Restores nothing."""
 
@@ -234,7 +250,7 @@ class Forgetful(PlainSource):
     """Says that it can go on, and starts anew."""
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        return ForgetfulRows(batch_size, 0)
+        return ForgetfulRows(batch_size, self.config.seed)
 
 
 class AliasedRows(PlainRows):
@@ -258,7 +274,7 @@ class Aliased(PlainSource):
     """Hands out its state instead of a copy."""
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        return AliasedRows(batch_size, 0)
+        return AliasedRows(batch_size, self.config.seed)
 
 
 class NoSequences(SequencesSource):
@@ -283,7 +299,10 @@ class GivesLists(PlainSource):
     """Has site names that the frame cannot take: two sites, and batches of another width on the third."""
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        return (rows if number < 6 else rows[:, :7] for number, rows in enumerate(PlainRows(batch_size // 2, 0)))
+        return (
+            rows if number < 6 else rows[:, :7]
+            for number, rows in enumerate(PlainRows(batch_size // 2, self.config.seed))
+        )
 
 
 class OddConfig(PlainSource):
@@ -291,9 +310,10 @@ class OddConfig(PlainSource):
 
     def __init__(self, config: PlainConfig) -> None:
         super().__init__(replace(config, seed=object()))  # type: ignore[arg-type]
+        self.seed = config.seed
 
     def batches(self, batch_size: int) -> Iterator[Any]:
-        return PlainRows(batch_size, 0)
+        return PlainRows(batch_size, self.seed)
 
 
 SOURCES: list[tuple[str, type, str]] = [
@@ -308,6 +328,8 @@ SOURCES: list[tuple[str, type, str]] = [
     ("check_batches", GivesLists, "no batch has half of the 32 rows"),
     ("check_restarts", SharedPosition, "a second row of batches differs from the first one at batch 0"),
     ("check_seed", GlobalDraws, "uses torch's global random generator"),
+    ("check_seed", SeedIgnored, "another seed gives the same batches"),
+    ("check_batches", OneMemory, "the first two batches are the same"),
     ("check_resumes", Forgetful, "a state taken after a batch gives another batch 0"),
     ("check_resumes", Aliased, "a state taken after a batch gives another batch 0"),
     ("check_sequences", NoSequences, r"shape \(\d+, 12, 8\), not \(sequences, 6, 8\)"),

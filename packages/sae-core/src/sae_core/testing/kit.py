@@ -94,7 +94,7 @@ class Subject:
         if self.kind == "architecture":
             from sae_core.sae import create
 
-            fields = {"d_in": 16, "d_sae": 64, **self.settings, **changes}
+            fields: dict[str, Any] = {"d_in": 16, "d_sae": 64, **self.settings, **changes}
             return create(self.contribution.qualified, seed=fields.pop("seed", 0), **fields)
         if self.kind in _CONFIGURED:
             from sae_core.config import structure

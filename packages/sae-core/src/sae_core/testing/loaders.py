@@ -214,12 +214,13 @@ class _Example:
         return LocalFiles(self.root)
 
     def load(self, loader: Loader, **changes: Any) -> LoadedSAE:
-        arguments = {"overrides": self.overrides or None, **changes}
+        arguments: dict[str, Any] = {"overrides": self.overrides or None, **changes}
         return loader.load(self.source, self.inside, **arguments)
 
     def sae(self, subject: Subject, rows: Sequence[int] | None = None) -> SAE:
         qualified = subject.contribution.qualified
-        return read_sae(self.source, self.inside, format=qualified, overrides=self.overrides or None, rows=rows)
+        sae = read_sae(self.source, self.inside, format=qualified, overrides=self.overrides or None, rows=rows)
+        return cast("SAE", sae)
 
     def copy(self, to: Path) -> _Example:
         to = to / self.root.name  # some formats say things in the name of their folder
@@ -301,7 +302,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]
     if path.suffix == ".npz":
         import numpy as np
 
-        with cast("Any", np.load(path, allow_pickle=False)) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             read = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
         def write_arrays(tensors: dict[str, Tensor]) -> None:

@@ -105,12 +105,13 @@ def _metric(subject: Subject) -> Metric:
 
 
 def _rows() -> list[Tensor]:
-    """Inputs, reconstructions that are near them, and latents of which some never fire."""
+    """Inputs, reconstructions that are near them, and latents: some never fire, and on one row none does."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, _WIDTH, generator=generator) + 0.5
     y = x + 0.1 * torch.randn(_ROWS, _WIDTH, generator=generator)
     latents = torch.relu(torch.randn(_ROWS, _LATENTS, generator=generator) - 0.8)
     latents[:, -2:] = 0
+    latents[3] = 0
     return [x, y, latents]
 
 

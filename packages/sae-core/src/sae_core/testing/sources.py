@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -81,7 +82,10 @@ def check_restarts(subject: Subject) -> None:
 
 
 def check_seed(subject: Subject) -> None:
-    """Two sources of one config give the same batches whatever the global random generators hold, and leave those alone."""
+    """Two sources of one config give the same batches whatever the global random generators hold, and leave those alone.
+
+    If the config has a field `seed`, another seed gives other batches.
+    """
     size = _size(subject)
     runs: list[list[Any]] = []
     for seed in (1, 2):
@@ -92,6 +96,9 @@ def check_seed(subject: Subject) -> None:
             assert torch.equal(before, torch.get_rng_state()), "making batches uses torch's global random generator"
     for number, (one, two) in enumerate(zip(*runs, strict=True)):
         assert _equal(one, two), f"two sources of one config differ at batch {number}"
+    if "seed" in {field.name for field in dataclasses.fields(cast("Any", subject.cls).config_class)}:
+        other = next(cast("ActivationSource", subject.new(seed=subject.settings.get("seed", 0) + 1)).batches(size))
+        assert not _equal(other, runs[0][0]), "another seed gives the same batches"
 
 
 def check_resumes(subject: Subject) -> None:
