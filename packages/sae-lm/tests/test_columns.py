@@ -14,6 +14,7 @@ from sae_core.cli import main
 from sae_core.config import structure
 from sae_core.errors import ConfigError, DataError
 from sae_core.protocols import ActivationBatch, ActivationSource, HasMetadata, HasTargets, Resumable
+from sae_core.testing import run_checks
 from sae_lm.columns import ColumnsConfig, HuggingFaceColumns
 from torch import Tensor, nn
 
@@ -45,6 +46,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"pixel_values": values.numpy(), "label": list(range(30))}, features=features
     ).save_to_disk(folder / "set")
     return folder / "set"
+
+
+def test_it_passes_the_conformance_kit(vit: Any, pictures: Path, tmp_path: Path) -> None:
+    vit.save_pretrained(tmp_path / "vit")
+    config = {
+        "model": str(tmp_path / "vit"), "hook": "layers.1", "inputs": {"pixel_values": "pixel_values"}, "batch_rows": 4,
+        "buffer_rows": 200, "data": {"path": str(pictures)}, "held_out": 0.2, "device": "cpu",
+    }  # fmt: skip
+    assert [
+        result for result in run_checks("source", "sae-lm:huggingface_columns", config=config) if not result.ok
+    ] == []
 
 
 @pytest.fixture

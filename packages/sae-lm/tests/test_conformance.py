@@ -60,6 +60,7 @@ def test_activations_of_a_cache_conform(settings: dict[str, Any], tmp_path: Path
 
 
 def test_all_of_ours_are_checked() -> None:
-    assert set(ours("source")) == {"sae-lm:huggingface", "sae-lm:activation_cache"}
+    elsewhere = {"sae-lm:huggingface_columns"}  # in test_columns, with pictures
+    assert set(ours("source")) == {"sae-lm:huggingface", "sae-lm:activation_cache", *elsewhere}
     assert ours("command")
     assert all(not ours(kind) for kind in ("architecture", "loader", "catalogue", "metric", "logger", "writer"))
