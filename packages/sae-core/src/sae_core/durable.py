@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["sync_file", "sync_folder", "unique_folder"]
+__all__ = ["sync_file", "sync_folder", "umask", "unique_folder"]
 
 
 def sync_file(path: Path) -> None:
@@ -26,8 +26,13 @@ def sync_folder(path: Path) -> None:
 
 def unique_folder(path: Path) -> Path:
     """A new hidden folder beside `path` to be filled and renamed to it, with the permissions that `mkdir` gives."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}."[:200], suffix=".tmp", dir=path.parent))
+    folder.chmod(0o777 & ~umask())
+    return folder
+
+
+def umask() -> int:
+    """The permissions that this process does not give to new files and folders."""
     mask = os.umask(0)
     os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    return folder
+    return mask

@@ -10,13 +10,13 @@ import argparse
 import importlib.util
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import ClassVar, final
 
+from sae_core.durable import unique_folder
 from sae_core.errors import ConfigError, PluginError
 from sae_core.plugins import get_registry
 from sae_core.plugins.finding import core_version
@@ -108,14 +108,13 @@ def render(into: Path, variables: Mapping[str, str]) -> Path:
     if folder.exists():
         raise ConfigError(f"{folder} exists already; move it away or choose another name")
     into.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=into))
+    temporary = unique_folder(folder)
     try:
         for part in ("common", variables["kind"]):
             for relative, text in _files(files("sae_core") / "templates" / "plugin" / part):
                 path = temporary / _fill(relative, variables)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(_fill(text, variables), encoding="utf-8")
-        temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

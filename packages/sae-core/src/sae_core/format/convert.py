@@ -8,11 +8,10 @@ replaces another.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from sae_core.durable import sync_file, sync_folder
+from sae_core.durable import sync_file, sync_folder, unique_folder
 from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.exports import exported as checked_export
 from sae_core.format.exports import qualified
@@ -44,7 +43,7 @@ def convert(sae: SAE, to: str, output: str | Path) -> list[str]:
     made = qualified(made, sae)
     with trouble(output, "writing"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}."[:200], dir=output.parent))
+        temporary = unique_folder(output)
         try:
             folder = temporary / output.name
             folder.mkdir()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae_core.config import default_of, unstructure
 from sae_core.dictionary import Dictionary, Export, SAEConfig
-from sae_core.durable import sync_file, sync_folder
+from sae_core.durable import sync_file, sync_folder, umask, unique_folder
 from sae_core.errors import FormatError
 from sae_core.format.exports import exported as checked_export
 from sae_core.format.exports import provider_of
@@ -79,10 +79,9 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
 
 def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}."[:200], suffix=".tmp", dir=path.parent))
+    temporary = unique_folder(path)
     try:
         with locked(temporary):  # so that nobody sweeps it
-            temporary.chmod(0o777 & ~_umask())
             _write_into(temporary, cfg, tensors, training)
             try:
                 temporary.rename(path)
@@ -162,7 +161,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             sync_file(temporary)
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~umask())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -180,7 +179,7 @@ def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], t
             write_tensors(trained, training_tensors(training), training_header(training, digest))
         for path in (weights, config, *([trained] if trained else [])):
             sync_file(path)
-            path.chmod(0o666 & ~_umask())
+            path.chmod(0o666 & ~umask())
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
         if trained is not None:
@@ -211,9 +210,3 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
         # a sum passes on every NaN and infinity, and may itself overflow: then look at each value
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise FormatError(f"{path}: not saved, tensor {name!r} holds NaN or infinite values")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
