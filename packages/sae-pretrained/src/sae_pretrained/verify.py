@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from sae_core.errors import FormatError
 from sae_core.format.files import inside
@@ -85,7 +85,7 @@ def verify_path(path: Path, format: str | None = None) -> Verified:
     recorded = _check_sums(home)
     findings = [f"{file}: SHA-256 as recorded in {CHECKSUMS_FILE}" for file in recorded]
     findings += _checksums_in_weights(home)
-    sae = read_sae(source, folder, format=name)
+    sae = cast("SAE[Any]", read_sae(source, folder, format=name))
     if recorded and (missing := [file for file in source.used if file not in recorded]):
         raise FormatError(
             f"{home / CHECKSUMS_FILE}: it has no checksum of {missing[0]}, from which this SAE was read; write it again"

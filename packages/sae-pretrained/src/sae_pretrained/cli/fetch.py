@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sae_core.errors import ConfigError
 from sae_core.plugins import get_registry
@@ -14,6 +14,9 @@ from sae_core.protocols import CatalogueEntry
 from sae_pretrained.cli.common import as_json, catalogues_of, print_facts, print_json, size
 from sae_pretrained.hub import HubFiles
 from sae_pretrained.verify import CHECKSUMS_FILE, Verified, sha256_of, verify_path
+
+if TYPE_CHECKING:
+    from sae_core import SAE
 
 __all__ = ["download", "verify"]
 
@@ -84,7 +87,7 @@ def _fetch(
         source = HubFiles(entry.repo_id, entry.revision, refresh=True)
     recorded = RecordingSource(source)
     name = format_of(recorded, entry)
-    sae = read_sae(recorded, entry.path, format=name, overrides=dict(entry.overrides) or None)
+    sae = cast("SAE[Any]", read_sae(recorded, entry.path, format=name, overrides=dict(entry.overrides) or None))
     sae.metadata = describe_origin(entry, catalogue, source, sae.metadata)
     findings = [*blob_findings(recorded.used), *try_out(sae, source.location)]
     return entry, Verified(where=source.location, format=name, sae=sae, findings=findings), recorded.used
