@@ -32,7 +32,9 @@ def test_a_runner_config_becomes_a_run_file_in_samples_instead_of_steps(tmp_path
     assert found.run["train"] == {
         "total_samples": 1_000_000, "batch_size": 2000, "lr": 1e-4, "lr_warmup_samples": 20_000, "lr_decay_samples": 40_000,
         "dead_after_samples": 100_000, "checkpoint_every_samples": 500_000, "log_every_steps": 10,
+        "adam_beta1": 0.9,
     }  # fmt: skip
+    assert found.run["eval"] == {"every_samples": 10 * 100 * 2000, "tokens": 10 * 16 * 64, "batch_prompts": 16}
     assert found.run["sae"] == {
         "architecture": "standard", "d_sae": 1536, "l1_coefficient": {"from": 0.0, "to": 5.0, "over": 0.2},
     }  # fmt: skip

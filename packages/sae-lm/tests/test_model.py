@@ -93,11 +93,12 @@ def test_a_model_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.Monk
         load("some/model", with_tokenizer=False, device="cpu")
 
     def unreachable(*_: Any, **__: Any) -> Any:
-        raise OSError("We couldn't connect to the Hub")
+        raise OSError("We couldn't connect to the Hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
-    with pytest.raises(ConfigError, match="fetch the model once while online, or name a local folder"):
+    with pytest.raises(ConfigError, match="fetch the model once while online, or name a local folder") as caught:
         load("some/model", with_tokenizer=False, device="cpu")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_quantised_model_is_left_where_it_is_and_as_it_is(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

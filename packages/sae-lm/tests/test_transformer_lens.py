@@ -20,6 +20,8 @@ from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
 
 def hooked_model() -> Any:
     transformer_lens = pytest.importorskip("transformer_lens")
+    if not hasattr(transformer_lens, "HookedTransformer"):
+        pytest.skip("TransformerLens 4 has bridges only")
     settings = transformer_lens.HookedTransformerConfig(
         n_layers=3,
         d_model=16,

@@ -67,6 +67,7 @@ class Batches:
         self._buffer: ShuffleBuffer | None = None
         self._saved_buffer: Mapping[str, Any] | None = None
         self._served: Iterator[Tensor] | None = None
+        self._said_that_it_ended = False
 
     def __iter__(self) -> Batches:
         return self
@@ -162,7 +163,9 @@ class Batches:
             raise DataError(
                 f"{self._used_up()}, and more are asked for; raise epochs, or set on_exhausted to cycle or stop"
             )
-        log.warning("%s; training ends here (on_exhausted: stop)", self._used_up())
+        if not self._said_that_it_ended:  # who looks ahead is told there is no more, and asks again later
+            log.warning("%s; training ends here (on_exhausted: stop)", self._used_up())
+        self._said_that_it_ended = True
 
     def _used_up(self) -> str:
         activations = self._rows * self._passes.positions

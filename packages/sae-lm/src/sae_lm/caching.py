@@ -197,7 +197,7 @@ class _Shard:
         return {
             "file": path.name, "rows": self.rows, "chunks": self.chunks,
             "bytes": path.stat().st_size, "sha256": file_hash(path),
-            "documents": place["documents"], "packing": place["packing"],
+            "documents": place["documents"], "packing": place["packing"], "position": place["position"],
         }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def _place(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     last = record["shards"][-1]
     with safe_open(folder / last["file"], framework="pt") as file:
         rest = {name: file.get_tensor(f"rest_{name}") for name in ("ids", "lengths")}
-    return {"documents": last["documents"], "packing": last["packing"], **rest}
+    return {**{key: last.get(key) for key in ("documents", "packing", "position")}, **rest}
 
 
 def read_cache(folder: Path) -> dict[str, Any]:

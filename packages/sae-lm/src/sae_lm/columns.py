@@ -29,7 +29,7 @@ from sae_lm.hooks import HookPoint, capture
 from sae_lm.inputs import evaluating, explaining_memory, to_device
 from sae_lm.model import NO_TOKENIZER, LanguageModel, load, place
 from sae_lm.source import Site, pick, side_by_side
-from sae_lm.text import DatasetConfig, Part, open_dataset
+from sae_lm.text import DatasetConfig, Part, open_dataset, skipped
 
 __all__ = ["ColumnsConfig", "HuggingFaceColumns"]
 
@@ -247,9 +247,7 @@ class HuggingFaceColumns:
                 if column not in data.column_names:
                     raise DataError(f"data: {config.data.path} has no column {column!r}{near} (columns: {known})")
             data = data.select_columns(wanted)
-        if start:
-            data = data.skip(start)
-        for number, row in enumerate(data.with_format("torch"), start):
+        for number, row in enumerate(skipped(data, start).with_format("torch"), start):
             found: dict[str, Tensor] = {}
             for column in wanted:
                 value = row.get(column)

@@ -41,19 +41,17 @@ _NO_COUNTERPART = {
     "cached_activations_path": "cache activations with sae-core lm cache, and name that source",
     "from_pretrained_path": "training starts from a fresh SAE", "resume_from_checkpoint": "sae-core train RUN.yaml --resume",
     "lr_scheduler_name": "the rate is constant between warm-up and decay", "n_restart_cycles": "there are no restarts",
-    "lr_end": "the rate decays to zero", "adam_beta1": "Adam's betas are 0.9 and 0.999",
-    "adam_beta2": "Adam's betas are 0.9 and 0.999", "feature_sampling_window": "densities are measured at evaluation",
+    "lr_end": "the rate decays to zero", "feature_sampling_window": "densities are measured at evaluation",
     "model_kwargs": "the model is called without more arguments",
     "use_chat_formatting": "a column of messages is formatted by the tokenizer's chat template",
-    "n_eval_batches": "evaluate with sae-core eval", "eval_batch_size_prompts": "sae-core eval --batch-prompts",
     "save_final_checkpoint": "train.checkpoint_every_samples keeps states to go on from",
 }  # fmt: skip
 _DEFAULTS: Mapping[str, Any] = {
     "autocast": False, "autocast_lm": False, "compile_llm": False, "compile_sae": False, "llm_compilation_mode": None,
     "sae_compilation_mode": None, "use_cached_activations": False, "cached_activations_path": None,
     "from_pretrained_path": None, "resume_from_checkpoint": None, "lr_scheduler_name": "constant", "n_restart_cycles": 1,
-    "adam_beta1": 0.9, "adam_beta2": 0.999, "model_kwargs": {}, "use_chat_formatting": False, "save_final_checkpoint": False,
-    "feature_sampling_window": 2000, "n_eval_batches": 10, "eval_batch_size_prompts": None,
+    "model_kwargs": {}, "use_chat_formatting": False, "save_final_checkpoint": False,
+    "feature_sampling_window": 2000,
 }  # fmt: skip
 
 
@@ -83,6 +81,8 @@ def migrate(config: Mapping[str, Any]) -> Migration:
     batch = int(left.pop("train_batch_size_tokens", 4096))
     total = int(left.pop("training_tokens"))
     steps = max(total // batch, 1)
+    eval_prompts = left.pop("eval_batch_size_prompts", None) or left.get("store_batch_size_prompts", 32)
+    eval_tokens = int(left.pop("n_eval_batches", 10)) * int(eval_prompts) * int(left.get("context_size", 128))
     run: dict[str, Any] = {
         "seed": left.pop("seed", 42),
         "output": left.pop("output_path", None) or "output",
@@ -101,7 +101,10 @@ def migrate(config: Mapping[str, Any]) -> Migration:
     checkpoints = int(left.pop("n_checkpoints", 0))
     if checkpoints:
         run["train"]["checkpoint_every_samples"] = -(-total // (checkpoints + 1))
-    _logger(left.pop("logger", None), run, out)
+    for name in ("adam_beta1", "adam_beta2"):
+        if name in left:
+            run["train"][name] = float(left.pop(name))
+    _logger(left.pop("logger", None), run, out, batch=batch, eval_tokens=eval_tokens, eval_prompts=int(eval_prompts))
     for name in list(left):
         if name in _WITHOUT_EFFECT:
             del left[name]
@@ -201,9 +204,14 @@ def _source(left: dict[str, Any], batch: int, out: dict[str, str]) -> dict[str, 
     return {**source, "tokens": tokens}
 
 
-def _logger(logger: Any, run: dict[str, Any], out: dict[str, str]) -> None:
+def _logger(
+    logger: Any, run: dict[str, Any], out: dict[str, str], *, batch: int, eval_tokens: int, eval_prompts: int
+) -> None:
     settings = cast("Mapping[str, Any]", logger) if isinstance(logger, Mapping) else {}
     if settings.get("log_to_wandb", False):
         out["logger.log_to_wandb"] = "records go to log.jsonl; a logger plugin can send them elsewhere"
+        every = int(settings.get("wandb_log_frequency", 10)) * int(settings.get("eval_every_n_wandb_logs", 100))
+        if eval_tokens > 0:  # it evaluates during training where it logs to W&B
+            run["eval"] = {"every_samples": every * batch, "tokens": eval_tokens, "batch_prompts": eval_prompts}
     if isinstance(every := settings.get("wandb_log_frequency"), int):
         run["train"]["log_every_steps"] = every

@@ -200,9 +200,8 @@ def load_tokenizer(
         return transformers.AutoTokenizer.from_pretrained(files.place, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = name if tokenizer is None else tokenizer
-        raise ConfigError(
-            f"{_cannot_load(what, error)} (its tokenizer; with tokenizer: none, documents are token ids)"
-        ) from error
+        note = "" if _unreachable(what, error) else " (its tokenizer; with tokenizer: none, documents are token ids)"
+        raise ConfigError(_cannot_load(what, error) + note) from error
 
 
 def _official_name(name: str) -> str:
@@ -225,13 +224,23 @@ def _needs_transformer_lens(error: ImportError, model_class: str) -> MissingDepe
 
 def _cannot_load(name: str, error: BaseException) -> str:
     """Why a model cannot be had, and what to do about it where that is known."""
-    text = str(error)
+    text = " ".join(str(error).split())  # some messages have lines of their own
     hint = ""
     if "gated" in text or "401" in text or "403" in text:
         hint = "; ask for access on the model's page, and log in with `hf auth login` or set HF_TOKEN"
-    elif is_offline() or "offline" in text.lower() or "couldn't connect" in text.lower():
-        hint = "; the Hub cannot be reached or HF_HUB_OFFLINE is set: fetch the model once while online, or name a local folder"
+    elif _unreachable(name, error):
+        return (
+            f"model {name!r} cannot be loaded: it is not on this machine, and the Hub cannot be reached or HF_HUB_OFFLINE is "
+            f"set; fetch the model once while online, or name a local folder ({type(error).__name__}: {text[:80]}…)"
+        )
     return f"model {name!r} cannot be loaded: {type(error).__name__}: {text}{hint}"
+
+
+def _unreachable(name: str, error: BaseException) -> bool:
+    """Whether a model of the Hub is missing because the Hub is out of reach."""
+    text = str(error).lower()
+    is_local = name.startswith("package:") or Path(name).expanduser().exists()
+    return not is_local and (is_offline() or "offline" in text or "couldn't connect" in text)
 
 
 def is_offline() -> bool:

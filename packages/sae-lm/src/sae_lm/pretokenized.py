@@ -123,7 +123,9 @@ def _write_part(
             write_atomically(path, lambda temporary, windows=windows: _write_parquet(temporary, windows))
             state["files"].append({"file": f"{part}/{path.name}", "rows": len(windows), "sha256": file_hash(path)})
             done += len(windows)
-        state["place"] = {"documents": mark.documents, "packing": mark.packing, "pending": mark.pending}
+        state["place"] = {
+            "documents": mark.documents, "packing": mark.packing, "pending": mark.pending, "position": mark.position
+        }  # fmt: skip
         if is_last:
             state.update(place=None, complete=True)
         write_record(folder / PRETOKENIZED_FILE, record)
@@ -140,7 +142,7 @@ def _groups(
     per_file: int,
 ) -> Iterator[tuple[list[list[int]], Mark, bool]]:
     """Windows without their padding, a file's worth at a time, each with the place behind them."""
-    state = None if place is None else Mark(place["documents"], place["packing"], place["pending"]).state_dict()
+    state = None if place is None else Mark(**place).state_dict()
     at_once = min(256, per_file)
     stream = source.windows(part, rows=at_once, state=state)
     group: list[list[int]] = []

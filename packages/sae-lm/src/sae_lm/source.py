@@ -354,7 +354,7 @@ class HuggingFaceSource:
         if text.kind == "pretokenized":
             check_policy(Path(str(text.path)), self.rules, text.held_out)
         return WindowStream(
-            documents(text, part),
+            documents(text, part, start=None if state is None else state.get("position")),
             self.rules,
             rows=rows or self.config.batch_prompts,
             tokenizer=self.tokenizer,

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, final
 
 from sae_core.config import option, require
 from sae_core.errors import DataError
@@ -24,7 +24,17 @@ from sae_lm.pretokenized import windows_of
 from sae_lm.reading import Document, FileFormat, Rows, content_of, file_format, find_files, read_file
 from sae_lm.stdlib_text import stdlib_docstrings
 
-__all__ = ["DatasetConfig", "Part", "TextConfig", "documents", "is_held_out", "open_dataset", "require_held_out"]
+__all__ = [
+    "DatasetConfig",
+    "Documents",
+    "Part",
+    "TextConfig",
+    "documents",
+    "is_held_out",
+    "open_dataset",
+    "require_held_out",
+    "skipped",
+]
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +146,46 @@ class TextConfig:
         return self.path if self.path is not None else "python-stdlib-docstrings"
 
 
-def documents(config: TextConfig, part: Part = "all") -> Iterator[Document]:
-    """The documents of one part, in a fixed order.
+@final
+class Documents:
+    """Documents in a fixed order. Those of a data set know their `position`, the row behind the last one.
+
+    `documents` goes there without reading what is before it. Elsewhere it is None.
+    """
+
+    def __init__(self, every: Iterator[Document], rows: RowCount | None = None) -> None:
+        self._every, self._rows = every, rows
+
+    def __iter__(self) -> Documents:
+        return self
+
+    def __next__(self) -> Document:
+        return next(self._every)
+
+    @property
+    def position(self) -> int | None:
+        """Rows of the data set that were read, those before the start included."""
+        return None if self._rows is None else self._rows.count
+
+
+@final
+class RowCount:
+    """Counts what is taken of an iterator."""
+
+    def __init__(self, rows: Iterator[Any], count: int) -> None:
+        self._rows, self.count = rows, count
+
+    def __iter__(self) -> RowCount:
+        return self
+
+    def __next__(self) -> Any:
+        row = next(self._rows)
+        self.count += 1
+        return row
+
+
+def documents(config: TextConfig, part: Part = "all", *, start: int | None = None) -> Documents:
+    """The documents of one part, in a fixed order; of a data set from the row `start` on, the `position` of other documents.
 
     Raises DataError for a file or data set that is missing or cannot be read as the config says, ConfigError for files
     whose format is not known.
@@ -149,19 +197,23 @@ def documents(config: TextConfig, part: Part = "all") -> Iterator[Document]:
     if config.kind == "mixture":
         texts = [replace(text, weight=None, held_out=config.held_out) for text in config.mixture]
         weights = [text.weight or 1.0 for text in config.mixture]
-        return _mixed([documents(text, part) for text in texts], weights, to_the_last=config.until == "last")
+        return Documents(_mixed([documents(text, part) for text in texts], weights, to_the_last=config.until == "last"))
     if config.kind == "pretokenized":
-        return windows_of(Path(cast("str", config.path)).expanduser(), part)
+        return Documents(windows_of(Path(cast("str", config.path)).expanduser(), part))
+    count = None
     if config.kind == "stdlib":
         every: Iterator[Document] = iter(stdlib_docstrings())
     else:
         rows = Rows(config.column, config.bad_rows)
-        every = _reported(
-            _from_dataset(config, rows) if config.kind == "dataset" else _from_files(config, rows), rows, config
-        )
-    if part == "all":
-        return every
-    return (each for each in every if is_held_out(each, config.held_out) == (part == "held_out"))
+        if config.kind == "dataset":
+            found, count = _from_dataset(config, rows, start or 0)
+        else:
+            found = _from_files(config, rows)
+        every = _reported(found, rows, config)
+    if part != "all":
+        chosen = every
+        every = (each for each in chosen if is_held_out(each, config.held_out) == (part == "held_out"))
+    return Documents(every, count)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
@@ -186,7 +238,7 @@ def require_held_out(config: TextConfig) -> None:
         )
 
 
-def _mixed(texts: list[Iterator[Document]], weights: list[float], *, to_the_last: bool) -> Iterator[Document]:
+def _mixed(texts: Sequence[Iterator[Document]], weights: list[float], *, to_the_last: bool) -> Iterator[Document]:
     """Documents of several texts: the next one is always of the text that is furthest behind its weight."""
     taken = [0] * len(texts)
     left = list(range(len(texts)))
@@ -222,7 +274,7 @@ def _from_files(config: TextConfig, rows: Rows) -> Iterator[Document]:
     )
 
 
-def _from_dataset(config: TextConfig, rows: Rows) -> Iterator[Document]:
+def _from_dataset(config: TextConfig, rows: Rows, start: int) -> tuple[Iterator[Document], RowCount]:
     fields = {field: getattr(config, field) for field in DatasetConfig.__dataclass_fields__}
     data = open_dataset(DatasetConfig(**fields), "text")
     where = f"data set {config.path!r}"
@@ -230,7 +282,16 @@ def _from_dataset(config: TextConfig, rows: Rows) -> Iterator[Document]:
     data = data.with_format(None)
     if data.column_names is not None:
         data = data.select_columns(rows.columns(data.column_names, where))
-    return rows.documents((row, f"{where} row {number}") for number, row in enumerate(data))
+    data = skipped(data, start)
+    count = RowCount(iter(data), start)
+    return rows.documents((row, f"{where} row {number}") for number, row in enumerate(count, start)), count
+
+
+def skipped(data: Any, rows: int) -> Any:
+    """A data set without its first rows, which are not read where that can be avoided."""
+    if not rows:
+        return data
+    return data.select(range(rows, len(data))) if hasattr(data, "select") else data.skip(rows)
 
 
 def open_dataset(config: DatasetConfig, key: str) -> Any:
@@ -259,7 +320,8 @@ def open_dataset(config: DatasetConfig, key: str) -> Any:
             )  # fmt: skip
         loaded = datasets.load_from_disk(folder)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{key}: data set {path!r} cannot be opened: {type(error).__name__}: {error}") from error
+        hint = "; fetch it once while online, or name a local folder" if isinstance(error, ConnectionError) else ""
+        raise DataError(f"{key}: data set {path!r} cannot be opened: {type(error).__name__}: {error}{hint}") from error
     if isinstance(loaded, datasets.Dataset):
         require(config.split is None, f"{key}: the folder {path!r} holds one data set and no splits; leave out 'split'")
         return loaded

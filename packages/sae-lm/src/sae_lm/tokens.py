@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, Protocol, cast, final, runtime_checkable
 
 import torch
 from sae_core.config import option, require, unstructure
@@ -244,20 +244,33 @@ def _token_id(token: str | int, tokenizer: Any | None, field: str) -> int:
 @final
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place in a `WindowStream`: documents taken, how they are packed, and their tokens that no window has held yet."""
+    """A place in a `WindowStream`: documents taken, how they are packed, and their tokens that no window has held yet.
+
+    `position` is where in the data set the documents stand, if they know.
+    """
 
     documents: int
     packing: Packing | None
     pending: list[list[int]]
+    position: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The place as tensors and JSON values."""
         return {
             "documents": self.documents,
             "packing": self.packing,
+            "position": self.position,
             "ids": torch.tensor([token for row in self.pending for token in row], dtype=torch.int32),
             "lengths": torch.tensor([len(row) for row in self.pending], dtype=torch.int32),
         }
+
+
+@runtime_checkable
+class _KnowsPosition(Protocol):
+    """Documents that can be gone on with at a row of their data set."""
+
+    @property
+    def position(self) -> int | None: ...
 
 
 @final
@@ -266,7 +279,8 @@ class WindowStream:
 
     Windows are `rules.context_size` long; where each holds one document or row, they are as long as the longest one beside
     them. Documents without tokens are passed over. `state_dict` holds how many documents were taken and the tokens not yet
-    given out: a new stream over the same documents goes on from there without tokenising anything twice. `packing` overrules
+    given out: a new stream over the same documents goes on from there without tokenising anything twice. Where it has a
+    ``position``, the new stream is to be given the documents from that row on. `packing` overrules
     the policy's, for documents that are known to be windows by these rules.
 
     >>> rules = resolve(TokenPolicy(bos_token=9), None, context_size=3)
@@ -290,7 +304,9 @@ class WindowStream:
         self._rows = rows
         self._tokenizer = tokenizer
         self._taken = 0 if state is None else int(state["documents"])
-        self._documents = islice(iter(documents), self._taken, None)
+        self._source = iter(documents)
+        is_there = state is not None and state.get("position") is not None
+        self._documents = islice(self._source, 0 if is_there else self._taken, None)
         asked = rules.policy.packing
         self._packing: Packing | None = packing or (None if asked == "auto" else asked)
         if state is not None and state["packing"] is not None:
@@ -318,7 +334,8 @@ class WindowStream:
 
     def mark(self) -> Mark:
         """Where the stream stands; a copy that stays right when the stream moves on."""
-        return Mark(self._taken, self._packing, self._pending.save())
+        position = self._source.position if isinstance(self._source, _KnowsPosition) else None
+        return Mark(self._taken, self._packing, self._pending.save(), position)
 
     def state_dict(self) -> dict[str, Any]:
         """Documents taken, and the tokens of them that no window has held yet."""

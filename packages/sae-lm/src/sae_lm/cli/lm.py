@@ -22,7 +22,7 @@ class Lm:
         """Declare the actions and their options."""
         actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
         for name, module in _ACTIONS.items():
-            module.configure(actions.add_parser(name, help=module.HELP, description=module.HELP))
+            module.configure(actions.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False))
 
     def run(self, args: argparse.Namespace) -> int:
         """Do what was asked."""
