@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 settings.register_profile("workspace", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("workspace")
 
+for switch in ("PLUGINS", "DISABLE_PLUGINS", "STRICT_PLUGINS", "TRACE_PLUGINS", "TRACEBACK", "CATALOGUE"):
+    os.environ.pop(f"SAE_CORE_{switch}", None)  # what a developer's shell has switched off is tested all the same
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`-n auto`): they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "packages").glob("*/README.md")])
 TESTED_BY_ITS_PACKAGE = {"docs/synthetic.md", "packages/sae-synthetic/README.md", "packages/sae-lm/README.md"}
-NEEDS_THE_HUB = {"packages/sae-pretrained/README.md"}  # the same calls are in docs/pretrained.md, with files at hand
 
 
 def name_of(page: Path) -> str:
@@ -33,7 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
-RUN = [page for page in PAGES if blocks(page, "python") and name_of(page) not in TESTED_BY_ITS_PACKAGE | NEEDS_THE_HUB]
+RUN = [page for page in PAGES if blocks(page, "python") and name_of(page) not in TESTED_BY_ITS_PACKAGE]
 
 
 # -- what pages take for granted --------------------------------------------------------------------------------------
@@ -124,12 +123,37 @@ def cached_repositories(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
         made["sae"].save(repository("owner/name", {"main": "b" * 40, "v2": "c" * 40}) / commit / "a/folder")
     made["model"].config.name_or_path = str(folder / "model")
     made["tokenizer"].save_pretrained(folder / "model")
+    of_gpt2 = language_model()["sae"]
+    of_gpt2.metadata["hook_name"] = "blocks.8.hook_resid_pre"
+    reformatted = repository("jbloom/GPT2-Small-SAEs-Reformatted", {"main": "d" * 40}) / ("d" * 40)
+    of_gpt2.save(reformatted / "blocks.8.hook_resid_pre")
+    gpt2(repository("openai-community/gpt2", {"main": "e" * 40}) / ("e" * 40))
     return made
+
+
+def gpt2(folder: Path) -> None:
+    """A GPT-2 of nine layers as wide as the dictionary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings: Any = {
+        "vocab_size": 50304,
+        "n_positions": 4096,
+        "n_embd": 16,
+        "n_layer": 9,
+        "n_head": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 STAGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Names]] = {
     "docs/formats.md": lambda folder, _: foreign_files(folder),
     "docs/pretrained.md": cached_repositories,
+    "packages/sae-pretrained/README.md": cached_repositories,
     "docs/language-models.md": lambda _, __: language_model(),
     "docs/coming-from-saelens.md": lambda _, __: language_model(),
     "docs/study.md": lambda _, __: language_model(),

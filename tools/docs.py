@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import os
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,21 +62,31 @@ def hooks_page() -> str:
 
 def cli_page() -> str:
     """docs/cli.md: what ``--help`` prints, of every command and every action of it."""
-    from sae_core.plugins import get_registry
+    from sae_core.plugins import Registry
+    from sae_core.plugins.switches import Switches
     from sae_core.protocols import Command
 
-    os.environ["COLUMNS"] = str(WIDTH)
-    registry = get_registry()
+    registry = Registry(switches=Switches(), on_trouble="ignore")
     lines = ["# Command line", "", MADE, "In a clone, write `uv run sae-core` for `sae-core`.", ""]
     for contribution in registry.contributions("command"):
+        if contribution.distribution.replace("-", "_") not in PACKAGES:
+            continue
         name = contribution.spec.name.replace("_", "-")
         command = cast("Command", registry.usable("command", contribution.qualified)())
         parser = argparse.ArgumentParser(prog=f"sae-core {name}", description=command.help, allow_abbrev=False)
         command.configure(parser)
         lines += [f"## {name}", "", f"{contribution.spec.summary} ({contribution.distribution}).", ""]
         for each in _with_actions(parser):
+            each.formatter_class = _Formatter
             lines += ["```text", f"$ {each.prog} --help", each.format_help().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Of one width, whatever terminal this runs in."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=WIDTH - 2)  # what argparse makes of that many columns
 
 
 def _with_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
