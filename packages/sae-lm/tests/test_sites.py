@@ -255,6 +255,35 @@ def test_reading_ahead_changes_no_batch_and_hides_no_error(make_source: Callable
     assert not [thread for thread in threading.enumerate() if thread.name == "activations ahead"]
 
 
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("buffer_device", ["model", "cpu"])
+def test_where_the_buffer_is_and_what_is_read_ahead_change_no_batch(
+    llama: Any, tokenizer: Any, text_file: Path, device: str, buffer_device: str
+) -> None:
+    import copy
+
+    model = copy.deepcopy(llama).to(device)
+
+    def batches(**changes: Any) -> list[Tensor]:
+        settings: dict[str, Any] = {
+            "model": "tiny-llama", "hook": "model.layers.1", "context_size": 16, "batch_prompts": 4, "buffer_rows": 200,
+            "text": {"kind": "file", "path": str(text_file), "held_out": 0.1}, **changes,
+        }  # fmt: skip
+        source = HuggingFaceSource(structure(settings, HuggingFaceSourceConfig), model=model, tokenizer=tokenizer)
+        return [batch for batch in source.batches(8) if isinstance(batch, Tensor)]
+
+    plain = batches(prefetch=0)
+    moved = batches(buffer_device=buffer_device, **({} if device == "cuda" else {"prefetch": 2}))
+    assert {batch.device.type for batch in moved} == {device if buffer_device == "model" else "cpu"}
+    assert len(plain) == len(moved) > 20
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(plain, moved, strict=True))
+
+
 def test_a_given_model_is_left_as_it_was_found(tokenizer: Any, text_file: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
