@@ -120,6 +120,9 @@ def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, mome
     file.write_text(yaml.safe_dump({**run, "output": str(out)}))
     assert ended(start(processes, "train", "--help", errors=errors)) == 0  # imports, so that only the run is timed
     began = time.monotonic()
+    assert ended(start(processes, "train", "--help", errors=errors)) == 0
+    empty = time.monotonic() - began
+    began = time.monotonic()
     whole = start(processes, "train", file, "--set", f"output={tmp_path / 'whole'}", errors=errors)
     assert ended(whole) == 0, errors.read_text()
     duration = time.monotonic() - began
@@ -132,7 +135,7 @@ def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, mome
         elif moment == "end":
             wait_for(lambda: saving_at_the_end(out), process)
         else:
-            time.sleep(chance.uniform(0, duration / 2))
+            time.sleep(chance.uniform(0, empty + 2 * (duration - empty) / len(moments)))  # the last ones hit, too
         process.kill()
         hits[moment] += ended(process) == -signal.SIGKILL
     assert ended(start(processes, "train", file, "--resume", errors=errors)) == 0, errors.read_text()

@@ -38,6 +38,22 @@ def run_file(saved_model: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def test_the_plan_of_a_run_in_a_model_counts_the_model_before_it_is_loaded(
+    run_file: Callable[..., Path], llama: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorter = ["--set", "train.init_samples=256"]
+    assert main(["plan", str(run_file(cache_activations=False)), *shorter, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = {entry["what"]: entry["bytes"] for entry in found["memory"]}
+    assert memory["model"] == 4 * sum(parameter.numel() for parameter in llama.parameters())
+    assert memory["shuffle buffer"] == 2048 * 32 * 4
+    assert found["seconds"]["source"] > 0
+    monkeypatch.setattr("sae_core.planning.available_memory", lambda device: -(2**40))
+    monkeypatch.setattr("sae_lm.source.load", None)  # it is not even tried
+    assert main(["plan", str(run_file())]) == 1
+    assert "It cannot run: memory" in capsys.readouterr().out
+
+
 def test_train_then_eval_from_the_command_line(
     run_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,9 @@ def sae_register_commands() -> Iterator[CommandSpec]:
     """The command line's own commands."""
     yield CommandSpec(name="train", target="sae_core.cli.train:Train", summary="Train a dictionary from a run file")
     yield CommandSpec(
+        name="plan", target="sae_core.cli.plan:Plan", summary="What a run will take: memory, disk and time"
+    )
+    yield CommandSpec(
         name="convert", target="sae_core.cli.convert:Convert", summary="Write an SAE in another library's format"
     )
     yield CommandSpec(name="list", target="sae_core.cli.list_names:List", summary="What the plugins provide, by kind")

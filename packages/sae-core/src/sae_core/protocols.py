@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +29,7 @@ __all__ = [
     "Catalogue",
     "CatalogueEntry",
     "Command",
+    "EstimatesCosts",
     "FileSource",
     "GivesSequences",
     "HasMetadata",
@@ -38,6 +39,7 @@ __all__ = [
     "Loader",
     "Logger",
     "MeasuresHeldOut",
+    "Memory",
     "Metric",
     "Resumable",
     "RunFacts",
@@ -101,6 +103,29 @@ class HasMetadata(Protocol):
     def metadata(self) -> Mapping[str, Any]:
         """JSON-serialisable facts, stored under ``metadata`` in cfg.json."""
         ...
+
+
+class Memory(NamedTuple):
+    """Bytes of memory that something takes on a device: ``cpu``, ``cuda`` or ``mps``."""
+
+    what: str
+    bytes: int
+    device: str
+
+
+@runtime_checkable
+class EstimatesCosts(Protocol):
+    """A source that takes much memory or time, and can say how much before a run.
+
+    `to_load` is what it loads when it is first used, and is asked before that. `to_run` is what it takes besides while a run
+    goes on; `seconds_per_sample` measures on a few samples. For both it is loaded.
+    """
+
+    def to_load(self) -> list[Memory]: ...
+
+    def to_run(self, batch_size: int) -> list[Memory]: ...
+
+    def seconds_per_sample(self) -> float: ...
 
 
 @runtime_checkable

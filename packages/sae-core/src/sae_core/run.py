@@ -50,7 +50,7 @@ from sae_core.run_folder import (
     RunFolder,
     locked,
 )
-from sae_core.sae import SAE, as_device, create
+from sae_core.sae import SAE, as_device, as_dtype, create
 from sae_core.signals import first_signal
 from sae_core.training.checkpoint import Checkpoints, Found
 from sae_core.training.comparison import write_comparison
@@ -61,7 +61,18 @@ from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.trainer import Trainer, TrainResult
 from sae_core.yaml_text import parse_yaml, set_by_override, to_yaml
 
-__all__ = ["RunConfig", "RunStopped", "execute", "execute_all", "read_run"]
+__all__ = [
+    "RunConfig",
+    "RunStopped",
+    "chosen_device",
+    "execute",
+    "execute_all",
+    "members_in",
+    "new_sae",
+    "open_source",
+    "parameter_bytes",
+    "read_run",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +163,7 @@ class RunStopped(SaeCoreError):
 
 def execute(run: RunConfig, *, overwrite: bool = False, resume: bool = False, force: bool = False) -> TrainResult:
     """`execute_all` for a run of one dictionary. Raises ConfigError for a run of several."""
-    require(list(_members(run)) == [""], "the run trains several dictionaries; use execute_all")
+    require(list(members_in(run)) == [""], "the run trains several dictionaries; use execute_all")
     return execute_all(run, overwrite=overwrite, resume=resume, force=force)[""]
 
 
@@ -179,15 +190,21 @@ def execute_all(
         return _train(run, folder, found, force=force)
 
 
-def _members(run: RunConfig) -> dict[str, Member]:
+def open_source(run: RunConfig) -> ActivationSource:
+    """The source of a run whose device has been chosen."""
+    return cast("ActivationSource", _component(run.source, "source", seed=run.seed, device=run.device))
+
+
+def members_in(run: RunConfig) -> dict[str, Member]:
+    """The dictionaries that a run asks for, by name."""
     return members_of(run.sae, run.saes, run.grid, run.train, run.seed)
 
 
 def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: bool) -> dict[str, TrainResult]:
     run = dataclasses.replace(run, device=chosen_device(run.device))
-    members = _members(run)
-    source = cast("ActivationSource", _component(run.source, "source", seed=run.seed, device=run.device))
-    saes = {name: _new_sae(run, member, name, source) for name, member in members.items()}
+    members = members_in(run)
+    source = open_source(run)
+    saes = {name: new_sae(run, member, name, source) for name, member in members.items()}
     full = resolved(run, members, saes, source)
     trainer = Trainer(
         saes[""] if list(saes) == [""] else saes,
@@ -366,16 +383,34 @@ def _lasting(kind: str, name: str) -> str:
     return get_registry().find(kind, name).lasting
 
 
-def _new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:
+def new_sae(run: RunConfig, member: Member, name: str, source: ActivationSource) -> SAE:
+    """One of them as it is before training. Raises ConfigError that names it."""
     try:
         if "start" in member.sae:
             return _started(run, member)
-        given = {**member.sae, **_sites_read(member, source)}
-        sae_class = cast("type[SAE]", get_registry().usable("architecture", str(given["architecture"])))
-        fields: dict[str, Any] = {**fields_for(source, sae_class), **given}
-        return create(fields.pop("architecture"), seed=member.seed, device=run.device, dtype=run.dtype, **fields)
+        architecture, fields = _fields(member, source)
+        return create(architecture, seed=member.seed, device=run.device, dtype=run.dtype, **fields)
     except ConfigError as error:
         raise ConfigError(f"saes: {name}: {error}" if name else str(error)) from None
+
+
+def parameter_bytes(run: RunConfig, member: Member, source: ActivationSource) -> int | None:
+    """Bytes of a dictionary's parameters, without making them; None for one that starts from a folder."""
+    if "start" in member.sae:
+        return None
+    architecture, fields = _fields(member, source)
+    sae_class = cast("type[SAE]", get_registry().usable("architecture", architecture))
+    with torch.device("meta"):
+        shell = sae_class(structure(fields, sae_class.config_class, where=f"architecture {architecture!r}"))
+    return sum(p.numel() * p.element_size() for p in shell.to(as_dtype(run.dtype)).parameters())
+
+
+def _fields(member: Member, source: ActivationSource) -> tuple[str, dict[str, Any]]:
+    """The architecture of a dictionary and its fields, widths from the source among them."""
+    given = {**member.sae, **_sites_read(member, source)}
+    sae_class = cast("type[SAE]", get_registry().usable("architecture", str(given["architecture"])))
+    fields: dict[str, Any] = {**fields_for(source, sae_class), **given}
+    return fields.pop("architecture"), fields
 
 
 def _started(run: RunConfig, member: Member) -> SAE:

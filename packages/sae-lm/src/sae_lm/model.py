@@ -20,7 +20,7 @@ from sae_core.errors import ConfigError, MissingDependencyError, did_you_mean
 from sae_core.sae import as_device
 from torch import Tensor, nn
 
-__all__ = ["LanguageModel", "ModelFiles", "load", "load_tokenizer", "locate", "next_token_logits"]
+__all__ = ["LanguageModel", "ModelFiles", "load", "load_tokenizer", "locate", "next_token_logits", "weights_size"]
 
 NO_TOKENIZER = "none"
 HOOKED_TRANSFORMER = "HookedTransformer"
@@ -172,6 +172,33 @@ def load(
         model = model.to(at)
     commit = getattr(model.config, "_commit_hash", None)
     return LanguageModel(model.eval().requires_grad_(False), tokens, commit or files.version or revision)
+
+
+def weights_size(
+    name: str, revision: str | None, model_class: str, dtype: str, options: Mapping[str, Any]
+) -> int | None:
+    """Bytes of a model's parameters, counted from its config alone; None where that does not tell.
+
+    Raises ConfigError where there is no such model.
+    """
+    import transformers
+
+    factory: Any = getattr(transformers, model_class, None)
+    if not hasattr(factory, "from_config") or "quantization_config" in options:
+        return None
+    files = locate(name)
+    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if files.gguf_file is not None:
+        arguments["gguf_file"] = files.gguf_file
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(files.place, **arguments)
+        with torch.device("meta"):
+            model: Any = factory.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ConfigError(_cannot_load(name, error)) from error
+    said = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    size = (said if isinstance(said, torch.dtype) else torch.float32).itemsize
+    return size * sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_tokenizer(

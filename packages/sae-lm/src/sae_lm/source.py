@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,13 +31,13 @@ from sae_core import SAE
 from sae_core.config import option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError
-from sae_core.protocols import ActivationBatch
+from sae_core.protocols import ActivationBatch, Memory
 from torch import Tensor, nn
 
 from sae_lm.batches import Batches, Chunk, Passes, check_buffer
 from sae_lm.hooks import HookPoint, capture, find_module
 from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of, to_device
-from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place
+from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place, weights_size
 from sae_lm.names import transformer_lens_name
 from sae_lm.places import SECOND
 from sae_lm.pretokenized import check_policy
@@ -469,6 +470,54 @@ class HuggingFaceSource:
             prefetch=self._prefetch() if config.prefetch is None else config.prefetch,
         )
         return Batches(passes, rows)
+
+    # What it costs.
+
+    def to_load(self) -> list[Memory]:
+        """The models, counted from their configs; nothing where these do not tell, and for models that were given."""
+        config = self.config
+        names = {"model": (config.model, config.revision, self._given[0])}
+        if config.second_model is not None:
+            names["second model"] = (config.second_model, config.second_revision, self._given_second)
+        found: list[Memory] = []
+        for what, (name, revision, given) in names.items():
+            size = None
+            if given is None:
+                options = (config.model_class, config.dtype, config.model_options)
+                size = weights_size(name, revision, *options)
+            if size is not None:
+                found.append(Memory(what, size, place(config.device).type))
+        return found
+
+    def to_run(self, batch_size: int) -> list[Memory]:
+        """The shuffle buffer, the activations of one pass of the model, and those of the first pass where they are kept."""
+        config = self.config
+        sample = side_by_side(self.by_site(self.one_token, torch.tensor([0])))
+        row = sample.shape[-1] * sample.element_size()
+        at = self.language_model.device.type
+        buffer_at = at if config.buffer_device == "model" else place(config.buffer_device).type
+        pass_rows = config.batch_prompts * config.context_size
+        matrices = [weights for weights in self.language_model.model.parameters() if weights.dim() > 1]
+        widest = max((weights.numel() // len(weights) for weights in matrices), default=sample.shape[-1])
+        found = [
+            Memory("shuffle buffer", config.buffer_rows * row, buffer_at),
+            Memory("a pass of the model", pass_rows * (8 * row + 4 * widest * sample.element_size()), at),
+        ]
+        if config.cache_activations:
+            found.append(Memory("activations of the first pass, at most", int(config.cache_limit_gb * 1e9), at))
+        return found
+
+    def seconds_per_sample(self) -> float:
+        """How long the model takes for a position that counts, on two batches of windows."""
+        stream = self.windows("train", rows=self.config.batch_prompts)
+        warm = next(stream, None)
+        if warm is None:
+            raise DataError(_no_rows(self.config))
+        self.activations(warm)
+        timed = next(stream, warm)
+        started = time.perf_counter()
+        rows = len(self.activations(timed).cpu())  # which waits for the device
+        return (time.perf_counter() - started) / max(rows, 1)
 
     def _prefetch(self) -> int:
         return 2 if self.language_model.device.type == "cuda" else 0

@@ -7,7 +7,9 @@ import platform
 
 import torch
 
-__all__ = ["machine", "memory_bytes", "plugins"]
+from sae_core.ops.process import total_memory
+
+__all__ = ["machine", "plugins"]
 
 
 def machine() -> list[list[str]]:
@@ -17,7 +19,7 @@ def machine() -> list[list[str]]:
     ['system', 'processors']
     """
     rows = [["system", platform.platform()], ["processors", f"{os.cpu_count()} ({platform.machine()})"]]
-    memory = memory_bytes()
+    memory = total_memory()
     if memory is not None:
         rows.append(["memory", f"{memory / 2**30:.1f} GiB"])
     rows += [["Python", platform.python_version()], ["torch", torch.__version__]]
@@ -26,14 +28,6 @@ def machine() -> list[list[str]]:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         rows.append(["GPUs", names])
     return rows
-
-
-def memory_bytes() -> int | None:
-    """How much memory the machine has, None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on every platform
-        return None
 
 
 def plugins() -> list[list[str]]:

@@ -1,0 +1,193 @@
+"""What a run will take, memory, disk and time, before it begins.
+
+Weights, Adam's moments, gradients and files are counted; what a step takes besides, and how long it lasts, is measured on two
+steps of every dictionary with random activations of the right shape. So the plan holds for whatever architecture a plugin
+brings, on the machine where it is made.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from sae_core.data.wiring import Wiring
+from sae_core.format.exports import exported
+from sae_core.ops.memory import large_memory_is_kept
+from sae_core.ops.process import available_memory, peak_while, resident_memory
+from sae_core.protocols import ActivationBatch, ActivationSource, EstimatesCosts, GivesSequences, HasTargets, Memory
+from sae_core.run import RunConfig, chosen_device, members_in, new_sae, open_source, parameter_bytes
+from sae_core.sae import SAE
+from sae_core.training.config import TrainConfig
+from sae_core.training.learner import Learner
+
+__all__ = ["Plan", "plan"]
+
+_REPORT, _RECORD = 5 * 2**20, 400  # bytes of a report, and of a line of the log
+_TIMED = 3
+
+
+@final
+@dataclass(kw_only=True)
+class Plan:
+    """What a run takes. `seconds` are those of all steps and of the source, None where it could not be measured.
+
+    `memory` lists what is held at the same time where it is most; `available` is what each device has for it. `problems` says
+    what cannot fit; a plan that ends early, since the source alone does not, lacks the rest.
+    """
+
+    memory: list[Memory] = field(default_factory=list[Memory])
+    available: dict[str, int] = field(default_factory=dict[str, int])
+    disk: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    free_disk: int | None = None
+    samples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    problems: list[str] = field(default_factory=list[str])
+
+    def needed(self, device: str) -> int:
+        """Bytes on a device."""
+        return sum(entry.bytes for entry in self.memory if entry.device == device)
+
+
+def plan(run: RunConfig) -> Plan:
+    """Look at a run, with its source loaded where that fits. Raises what the run itself would raise before it begins."""
+    import dataclasses
+
+    run = dataclasses.replace(run, device=chosen_device(run.device))
+    members = members_in(run)
+    found = Plan(samples=max(member.train.total_samples for member in members.values()))
+    device = torch.device(run.device)
+    source = open_source(run)
+    loaded = source.to_load() if isinstance(source, EstimatesCosts) else []
+    for kind in {"cpu", device.type, *(entry.device for entry in loaded)}:
+        available = available_memory(torch.device(kind))
+        if available is not None:
+            found.available[kind] = available + ((resident_memory() or 0) if kind == "cpu" else 0)
+    found.memory = [Memory("Python and libraries", resident_memory() or 0, "cpu"), *loaded]
+    if _refused(found):
+        return found
+    widths = sum(source.sites.values())  # which loads it
+    now = resident_memory() or 0
+    own = sum(entry.bytes for entry in loaded if entry.device == "cpu")
+    found.memory[0] = Memory("Python and libraries", max(now - own, found.memory[0].bytes), "cpu")
+    batch_size = next(iter(members.values())).train.batch_size
+    if isinstance(source, EstimatesCosts):
+        found.memory += source.to_run(batch_size)
+    if _refused(found):
+        return found
+    steps: list[int] = []
+    sizes: dict[str, int] = {}
+    seconds = 0.0
+    for name, member in members.items():
+        label = f"{name}: " if name else ""
+        known = parameter_bytes(run, member, source)
+        sae = new_sae(run, member, name, source) if known is None else None
+        sizes[name] = size = _bytes(sae.parameters()) if sae is not None else known or 0
+        found.memory.append(Memory(f"{label}weights", size, device.type))
+        found.memory.append(Memory(f"{label}Adam and gradients", 3 * size, device.type))
+        if _refused(found):
+            return found
+        sae = new_sae(run, member, name, source) if sae is None else sae
+        found.disk.append((f"{label}the SAE, and its training form where that differs", size * _forms(sae)))
+        took, beside = _measured(sae, member.train, source, widths)
+        steps.append(beside)
+        seconds += took * math.ceil(member.train.total_samples / member.train.batch_size)
+        records = member.train.total_samples / member.train.batch_size / member.train.log_every_steps
+        found.disk.append((f"{label}log and report", int(_RECORD * records) + _REPORT))
+        del sae
+    found.memory.append(Memory("a step, beside that", max(steps), device.type))
+    settings = next(iter(members.values())).train
+    buffers = sum(entry.bytes for entry in found.memory if "buffer" in entry.what)
+    each = 3 * sum(sizes.values()) + buffers
+    found.disk.append((f"checkpoints, {settings.keep_last} and the next one", (settings.keep_last + 1) * each))
+    found.seconds = {"steps": seconds, "source": _seconds_per_sample(source, batch_size) * found.samples}
+    output = next(path for path in (run.output.absolute(), *run.output.absolute().parents) if path.exists())
+    found.free_disk = shutil.disk_usage(output).free
+    _refused(found)
+    if sum(size for _, size in found.disk) > found.free_disk:
+        found.problems.append(
+            f"disk: {sum(size for _, size in found.disk) / 2**30:.1f} GiB are needed in {output}, "
+            f"{found.free_disk / 2**30:.1f} GiB are free: choose another output, a smaller keep_last, or a smaller buffer"
+        )
+    return found
+
+
+def _refused(found: Plan) -> bool:
+    """Note what does not fit."""
+    for device, available in found.available.items():
+        if found.needed(device) > available:
+            largest = max((entry for entry in found.memory if entry.device == device), key=lambda entry: entry.bytes)
+            found.problems.append(
+                f"memory: {found.needed(device) / 2**30:.1f} GiB are needed on {device}, {available / 2**30:.1f} GiB can be "
+                f"had; most of it is {largest.what}, {largest.bytes / 2**30:.1f} GiB"
+            )
+    return bool(found.problems)
+
+
+def _measured(sae: SAE, train: TrainConfig, source: ActivationSource, width: int) -> tuple[float, int]:
+    """Seconds of a step, and the bytes that starting and stepping take beside weights, moments and gradients."""
+    import dataclasses
+
+    size = _bytes(sae.parameters())
+    few = dataclasses.replace(train, total_samples=max(train.total_samples, 100 * train.batch_size))
+    wiring = Wiring.between(sae, source, "")
+    took: list[float] = []
+
+    def trained() -> None:
+        learner = Learner(sae, few, wiring)
+        batches = _random_batches(sae, train.batch_size, source, width)
+        if learner.looks_ahead:
+            learner.initialise([next(batches) for _ in range(math.ceil(train.init_samples / train.batch_size))])
+        for _ in range(_TIMED):
+            batch = next(batches)
+            started = time.perf_counter()
+            learner.step(batch)
+            if sae.device.type == "cuda":
+                torch.cuda.synchronize(sae.device)
+            took.append(time.perf_counter() - started)
+
+    with large_memory_is_kept():
+        _, peak = peak_while(trained, sae.device)
+    return min(took), max((peak or 0) - 3 * size, 0)
+
+
+def _random_batches(sae: SAE, rows: int, source: ActivationSource, width: int) -> Iterator[ActivationBatch]:
+    """Batches of the source's shape without the source."""
+    generator = torch.Generator().manual_seed(0)
+    length = source.sequence_length if isinstance(source, GivesSequences) else None
+    shape = (rows,) if length is None else (rows // length, length)
+
+    def random(columns: int) -> Tensor:
+        return torch.randn(*shape, columns, generator=generator).to(sae.device)
+
+    while True:
+        targets = sum(source.target_sites.values()) if isinstance(source, HasTargets) else 0
+        yield ActivationBatch(random(width), random(targets) if targets else None)
+
+
+def _seconds_per_sample(source: ActivationSource, batch_size: int) -> float:
+    if isinstance(source, EstimatesCosts):
+        return source.seconds_per_sample()
+    batches = iter(source.batches(batch_size))
+    if next(batches, None) is None:
+        return 0.0
+    started = time.perf_counter()
+    rows = batch_size * sum(1 for _ in zip(range(_TIMED), batches, strict=False))
+    return (time.perf_counter() - started) / max(rows, 1)
+
+
+def _forms(sae: SAE) -> int:
+    from sae_core.format.training_form import needs_training_form
+
+    fitted = sae.normalization.fitted and (sae.target_normalization is None or sae.target_normalization.fitted)
+    return 2 if not fitted or needs_training_form(sae, exported(sae)) else 1
+
+
+def _bytes(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
