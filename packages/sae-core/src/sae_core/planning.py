@@ -63,6 +63,7 @@ def plan(run: RunConfig) -> Plan:
     members = members_in(run)
     found = Plan(samples=max(member.train.total_samples for member in members.values()))
     device = torch.device(run.device)
+    _load_libraries()
     source = open_source(run)
     loaded = source.to_load() if isinstance(source, EstimatesCosts) else []
     for kind in {"cpu", device.type, *(entry.device for entry in loaded)}:
@@ -94,14 +95,17 @@ def plan(run: RunConfig) -> Plan:
         if _refused(found):
             return found
         sae = new_sae(run, member, name, source) if sae is None else sae
-        found.disk.append((f"{label}the SAE, and its training form where that differs", size * _forms(sae)))
+        forms = _forms(sae)
+        found.disk.append((f"{label}the SAE, and its training form where that differs", size * forms))
         took, beside = _measured(sae, member.train, source, widths)
-        steps.append(beside)
+        steps.append(
+            max(beside, size * (forms + 1))
+        )  # what is saved at the end is folded, copied and made contiguous first
         seconds += took * math.ceil(member.train.total_samples / member.train.batch_size)
         records = member.train.total_samples / member.train.batch_size / member.train.log_every_steps
         found.disk.append((f"{label}log and report", int(_RECORD * records) + _REPORT))
         del sae
-    found.memory.append(Memory("a step, beside that", max(steps), device.type))
+    found.memory.append(Memory("a step, or saving at the end, beside that", max(steps), device.type))
     settings = next(iter(members.values())).train
     buffers = sum(entry.bytes for entry in found.memory if "buffer" in entry.what)
     each = 3 * sum(sizes.values()) + buffers
@@ -116,6 +120,13 @@ def plan(run: RunConfig) -> Plan:
             f"{found.free_disk / 2**30:.1f} GiB are free: choose another output, a smaller keep_last, or a smaller buffer"
         )
     return found
+
+
+def _load_libraries() -> None:
+    """Have torch import what its optimisers need, which is not little, so that it is counted as such."""
+    parameter = torch.zeros(1, requires_grad=True)
+    parameter.grad = torch.zeros(1)
+    torch.optim.Adam([parameter], fused=True).step()
 
 
 def _refused(found: Plan) -> bool:

@@ -11,7 +11,7 @@ from sae_core.training.learner import Learner
 
 __all__ = ["duplicates", "health"]
 
-_ALIKE, _MANY_ALIKE, _ASKED, _AT_ONCE = 0.95, 0.01, 8192, 1024
+_ALIKE, _MANY_ALIKE, _ASKED, _AT_ONCE = 0.95, 0.01, 8192, 256
 _MANY_DEAD, _MANY_STILL, _OFTEN, _MANY_OFTEN, _OFF = 0.1, 0.1, 0.5, 0.01, 0.1
 
 
@@ -50,7 +50,7 @@ def _alike(learner: Learner) -> Iterator[str]:
     density = learner.firing_density()
     if density is None:
         return
-    share = duplicates(learner.sae.directions()[(density > 0).to(learner.sae.device)])
+    share = duplicates(learner.sae.directions(), (density > 0).to(learner.sae.device))
     if share > _MANY_ALIKE:
         yield (
             f"{share:.0%} of the latents that fire have a twin, another one with a decoder row of cosine {_ALIKE} or more: use "
@@ -59,23 +59,27 @@ def _alike(learner: Learner) -> Iterator[str]:
 
 
 @torch.no_grad()
-def duplicates(rows_FO: Tensor) -> float:
+def duplicates(rows_FO: Tensor, among_F: Tensor | None = None) -> float:
     """The share of rows (n, d_out) that have another one at a cosine of 0.95 or more; of many rows, that of 8192 of them.
+
+    With `among_F`, a mask (n,), the others do not count. 256 rows are looked at together.
 
     >>> duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]))
     0.5
     """
-    count = rows_FO.shape[0]
-    if count < 2:
-        return 0.0
-    unit_FO = torch.nn.functional.normalize(rows_FO.float(), dim=-1)
-    asked = torch.arange(0, count, max(1, -(-count // _ASKED)), device=rows_FO.device)
+    norms_F = rows_FO.norm(dim=-1).float().clamp_min(1e-12)
+    counted = torch.arange(len(rows_FO), device=rows_FO.device) if among_F is None else among_F.nonzero().squeeze(-1)
+    asked = counted[:: max(1, -(-len(counted) // _ASKED))]
     twins = 0
     for part in asked.split(_AT_ONCE):  # never all cosines at once
-        cosines = unit_FO[part] @ unit_FO.t()
+        cosines = (rows_FO[part] @ rows_FO.t()).float()
+        cosines /= norms_F[part].unsqueeze(-1)
+        cosines /= norms_F
         cosines[torch.arange(len(part), device=part.device), part] = -1.0
+        if among_F is not None:
+            cosines.masked_fill_(~among_F, -1.0)
         twins += int((cosines.amax(dim=1) >= _ALIKE).sum())
-    return twins / len(asked)
+    return twins / max(len(asked), 1)
 
 
 def _still(learner: Learner) -> Iterator[str]:
