@@ -586,6 +586,14 @@ class Misfolded(Framed):
         return codes.with_values((codes.values - codes.per_latent(self.amount)).relu())
 
 
+class RestartsAll(Framed):
+    """Starts the biases of all latents anew when some are restarted."""
+
+    def restart_latents(self, latents: Tensor, prepared: Prepared, target: Tensor) -> None:
+        super().restart_latents(latents, prepared, target)
+        self.b_enc.zero_()
+
+
 class PredictsItsInput(Framed):
     """A transcoder that learns something else than its targets."""
 
@@ -637,6 +645,7 @@ MUTANTS: dict[str, tuple[type, str]] = {
     "check_mean_over_rows": (NoMean, "of a batch and of its blocks"),
     "check_training_precisions": (OnlySingle, "dtype"),
     "check_after_step": (DividesByNorm, "'W_dec' after after_step with a latent of zeros holds NaN"),
+    "check_restart": (RestartsAll, "restart_latents changes 'b_enc' of latents that are not restarted"),
     "check_trainer": (ChangingNames, r"records have different names: \['metrics/late'\]"),
     "check_resume": (RemembersItsStart, "of a run that was resumed differs"),
     "check_save_and_load": (BadExport, "after SAE.load"),
@@ -713,6 +722,7 @@ def test_a_correct_implementation_passes_every_check_and_what_it_does_not_promis
     assert [result for result in results if not result.ok] == []
     skipped = {result.check: result.reason for result in results if result.status == "skipped"}
     assert skipped == ({} if cls is Framed else {
+        "check_restart": "restarts_latents is False",
         "check_mean_over_rows": "loss_is_mean_over_rows is False",
         "check_some_latents": "latents of plain are not independent",
         "check_transcoder": "d_out=12 is refused",

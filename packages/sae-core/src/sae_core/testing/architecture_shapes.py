@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import ConfigError, ShapeError
+from sae_core.plugins.errors import one_line
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE
 from sae_core.sites import Sites
@@ -93,6 +94,8 @@ def _check_shape(subject: Subject, **shape: Any) -> SAE:
                 check_saved(normalised.eval(), subject.folder / name, f"normalize_activations {name}: ")
     except AssertionError as error:
         raise AssertionError(f"with {said}: {error}") from None
+    except Exception as error:
+        raise AssertionError(f"with {said}: {one_line(error)}") from error
     return sae
 
 

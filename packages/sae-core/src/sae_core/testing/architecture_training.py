@@ -213,6 +213,36 @@ def check_after_step(subject: Subject) -> None:
         same(tensor, once[name], f"{name!r} after a second after_step and after the first")
 
 
+def check_restart(subject: Subject) -> None:
+    """With `restarts_latents`, latents that are restarted write towards the rows that they are given, and nothing else moves.
+
+    An own tensor with one entry a latent has to start anew for these latents, too; say in `AXES` which dimension counts them.
+    """
+    sae: SAE = subject.new()
+    train(sae, steps=3)
+    if not sae.restarts_latents:
+        raise NotApplicable("restarts_latents is False")
+    latents = torch.tensor([1, sae.d_sae - 2])
+    batch = pairs_for(sae, 2, seed=3)
+    inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, ActivationBatch) else (batch, None)
+    before = {name: tensor.clone() for name, tensor in sae.tensors().items()}
+    with torch.no_grad():
+        prepared = sae.prepare(inputs)
+        target = sae.target_rows(prepared, targets)
+        sae.restart_latents(latents, prepared, target)
+        written = target - sae.offset()
+    others = torch.ones(sae.d_sae, dtype=torch.bool).index_fill_(0, latents, value=False).nonzero().squeeze(-1)
+    for name, tensor in sae.tensors().items():
+        is_finite(tensor, f"{name!r} after restart_latents")
+        latent = sae.axis(name).latent
+        kept, were = (t if latent is None else t.index_select(latent, others) for t in (tensor, before[name]))
+        assert torch.equal(kept, were), f"restart_latents changes {name!r} of latents that are not restarted"
+    cosines = torch.nn.functional.cosine_similarity(sae.directions()[latents], written, dim=-1)
+    assert bool((cosines > 0.99).all()), (
+        f"restarted latents do not write towards their rows: cosines {cosines.tolist()}"
+    )
+
+
 class _Kept:
     """A logger that keeps records."""
 
@@ -293,6 +323,7 @@ CHECKS: tuple[Check, ...] = (
     check_mean_over_rows,
     check_training_precisions,
     check_after_step,
+    check_restart,
     check_trainer,
     check_resume,
 )

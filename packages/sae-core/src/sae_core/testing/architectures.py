@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_core.codes import SparseCodes
 from sae_core.config import Schedule, describe_fields, structure, unstructure
 from sae_core.errors import ConfigError, ShapeError
+from sae_core.plugins.errors import one_line
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.testing import architecture_files, architecture_shapes, architecture_training, kit
@@ -83,6 +84,9 @@ def check_config_is_used(subject: Subject) -> None:
                     after = _behaviour(subject, **{described.name: other})
                 except ConfigError:
                     continue
+                except Exception as error:
+                    said = f"{described.name}: {other!r} instead of {value!r} raises {one_line(error)}"
+                    raise AssertionError(said) from error
                 if other is not None:  # which may stand for the value that is there
                     accepted.append(other)
                 if not _alike(before, after):
