@@ -87,14 +87,14 @@ def write_comparison_report(
     page.figures(figures)
     page.heading("How it went")
     histories = {name: result.history for name, result in results.items()}
-    page.figures(
-        [
-            curves("Explained variance", _series(histories, "explained_variance"), high=1.0),
-            curves("L0", _series(histories, "l0"), low=0.0),
-            curves("Loss", _series(histories, "loss"), logarithmic=True),
-            curves("Dead latents, as a fraction", _series(histories, "dead_fraction"), low=0.0, span=0.1),
-        ]
-    )
+    drawn = [
+        curves("Explained variance", _series(histories, "explained_variance"), high=1.0),
+        curves("L0", _series(histories, "l0"), low=0.0),
+        curves("Loss", _series(histories, "loss"), logarithmic=True),
+    ]
+    if any((dead := _series(histories, "dead_fraction")).values()):  # not known in short runs
+        drawn.append(curves("Dead latents, as a fraction", dead, low=0.0, span=0.1))
+    page.figures(drawn)
     _surroundings(page, config)
     return page.write(path)
 
@@ -112,9 +112,10 @@ def _curves(history: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any
         curves("Losses", series(*losses), logarithmic=True),
         curves("Explained variance", series("explained_variance"), high=1.0),
         curves("L0", series("l0"), low=0.0),
-        curves("Dead latents, as a fraction", series("dead_fraction"), low=0.0, span=0.1),
         curves("Learning rate", series("lr"), low=0.0),
     ]
+    if series("dead_fraction"):  # not known in short runs
+        figures.append(curves("Dead latents, as a fraction", series("dead_fraction"), low=0.0, span=0.1))
     if series(_RECOVERED):
         figures.append(curves("Cross-entropy recovered, on data held out", series(_RECOVERED), high=1.0))
     return figures + [curves(key, series(key)) for key in others if series(key)]

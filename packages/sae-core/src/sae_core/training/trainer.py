@@ -436,7 +436,8 @@ class Trainer:
             rows = sum(rows_of(batch, width) for batch in batches)
             if self._stop:
                 return True
-            bar.set_postfix_str(f"looking at the first samples, {rows:,} of {most:,}", refresh=True)
+            bar.set_postfix_str(f"looking at the first samples, {rows:,} of {most:,}", refresh=False)
+            bar.update(0)  # shows it, but not more often than a bar is shown
             return rows >= most
 
         first = self.stream.peek(enough)
