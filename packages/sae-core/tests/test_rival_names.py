@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sae_core import SAE, TrainConfig, Trainer, create
-from sae_core.errors import UnknownNameError
+from sae_core.errors import ConfigError, UnknownNameError
 from sae_core.plugins import ArchitectureSpec, get_registry, reset_registry
 from sae_core.run import execute, read_run
 
@@ -37,25 +37,56 @@ def test_a_checkpoint_whose_package_has_another_name_is_claimed_and_not_stranded
     part.fit()
     part.checkpoint()
     reset_registry()
-    get_registry().register(
-        ArchitectureSpec(name="sparse", target=f"{rival.__module__}:{rival.__qualname__}", summary="A test"), "sae-new"
-    )
+    renamed(rival)
     with pytest.raises(UnknownNameError, match=r"comes with sae-rival[\s\S]*Trainer\.resume\(\.\.\., architecture="):
         Trainer.resume(tmp_path, batches)
     resumed = Trainer.resume(tmp_path, batches, architecture="sae-new:sparse").fit().sae
     assert torch.equal(resumed.W_dec, whole.W_dec)
 
 
-def test_the_run_file_of_a_run_names_whose_architecture_it_is(tmp_path: Path, rival: type[SAE[Any]]) -> None:
+def test_of_several_dictionaries_only_those_of_the_renamed_package_are_claimed(
+    tmp_path: Path, rival: type[SAE[Any]]
+) -> None:
+    batches = list(X.split(32)) * 2
+    saes = {"ours": create("topk", d_in=4, d_sae=8, k=2), "theirs": create("sae-rival:topk", d_in=4, d_sae=8, k=2)}
+    Trainer(saes, batches, CONFIG).save(tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match="holds nothing of a package that is gone"):
+        Trainer.resume(tmp_path / "checkpoint", batches, architecture="sae-rival:topk")
+    reset_registry()
+    renamed(rival)
+    resumed = Trainer.resume(tmp_path / "checkpoint", batches, architecture="sae-new:sparse")
+    assert {name: type(each.sae) is rival for name, each in resumed.learners.items()} == {"ours": False, "theirs": True}
+
+
+def renamed(rival: type[SAE[Any]]) -> None:
+    target = f"{rival.__module__}:{rival.__qualname__}"
+    get_registry().register(ArchitectureSpec(name="sparse", target=target, summary="A test"), "sae-new")
+
+
+def run_file(folder: Path) -> Path:
     import numpy
 
-    numpy.save(tmp_path / "x.npy", X.numpy())
-    (tmp_path / "run.yaml").write_text(
-        f"source: {{name: tensor_files, paths: ['{tmp_path}/x.npy']}}\n"
+    numpy.save(folder / "x.npy", X.numpy())
+    (folder / "run.yaml").write_text(
+        f"source: {{name: tensor_files, paths: ['{folder}/x.npy']}}\n"
         "sae: {architecture: 'sae-rival:topk', d_sae: 8, k: 2}\n"
-        f"train: {{total_samples: 64, batch_size: 32, progress_bar: false}}\noutput: '{tmp_path}/out'\ndevice: cpu\n"
+        f"train: {{total_samples: 32, batch_size: 32, progress_bar: false}}\noutput: '{folder}/out'\ndevice: cpu\n"
     )
-    execute(read_run(tmp_path / "run.yaml"))
+    return folder / "run.yaml"
+
+
+def test_a_run_whose_package_has_another_name_goes_on_when_told_so(tmp_path: Path, rival: type[SAE[Any]]) -> None:
+    execute(read_run(run_file(tmp_path)))
+    reset_registry()
+    renamed(rival)
+    more = ["sae.architecture=sae-new:sparse", "train.total_samples=64"]
+    result = execute(read_run(tmp_path / "out/run.yaml", more), resume=True)
+    assert (result.samples, type(result.sae)) == (64, rival)
+    assert "architecture: sae-new:sparse" in (tmp_path / "out/run.yaml").read_text()
+
+
+def test_the_run_file_of_a_run_names_whose_architecture_it_is(tmp_path: Path, rival: type[SAE[Any]]) -> None:
+    execute(read_run(run_file(tmp_path)))
     assert "architecture: sae-rival:topk" in (tmp_path / "out/run.yaml").read_text()
     assert type(SAE.load(tmp_path / "out")) is rival
 

@@ -26,6 +26,7 @@ __all__ = [
     "config_facts",
     "differences",
     "named_architecture",
+    "orphaned",
     "source_facts",
     "version_facts",
 ]
@@ -84,16 +85,35 @@ def version_facts(sae: SAE) -> dict[str, Any]:
     }
 
 
-def claimed(state: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """A checkpoint's state as if `architecture` had written it, for packages that changed their name."""
+def orphaned(state: Mapping[str, Any]) -> list[str]:
+    """The dictionaries of a checkpoint whose architecture nobody provides any more, by name."""
     from sae_core.plugins import get_registry
 
-    found = get_registry().find("architecture", architecture)
-    initial = {name: {**config, "architecture": found.lasting} for name, config in state["initial"].items()}
-    now = {"architecture": f"{found.distribution} {found.version}"}
-    said: Mapping[str, Any] = state["facts"]["versions"]
-    one = "architecture" in said  # else there are those of several, by name
-    versions = {**said, **now} if one else {name: {**each, **now} for name, each in said.items()}
+    gone: list[str] = []
+    for name, config in state["initial"].items():
+        try:
+            get_registry().find("architecture", config["architecture"])
+        except UnknownNameError:
+            gone.append(name)
+    return gone
+
+
+def claimed(state: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint's state as if these `architectures`, by the names of dictionaries, had written it: for packages that
+    changed their name.
+    """
+    from sae_core.plugins import get_registry
+
+    initial: dict[str, Any] = dict(state["initial"])
+    versions: dict[str, Any] = dict(state["facts"]["versions"])
+    for name, architecture in architectures.items():
+        found = get_registry().find("architecture", architecture)
+        initial[name] = {**initial[name], "architecture": found.lasting}
+        now = {"architecture": f"{found.distribution} {found.version}"}
+        if name:  # one of several, whose versions are by name
+            versions[name] = {**versions[name], **now}
+        else:
+            versions |= now
     return {**state, "initial": initial, "facts": {**state["facts"], "versions": versions}}
 
 

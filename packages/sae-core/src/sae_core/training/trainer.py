@@ -41,6 +41,7 @@ from sae_core.training.facts import (
     config_facts,
     differences,
     named_architecture,
+    orphaned,
     source_facts,
     version_facts,
 )
@@ -350,7 +351,7 @@ class Trainer:
 
         In the second case further checkpoints go there too. `source` must be what it was, opened anew. `config` None is the
         saved one; a new one may differ in `MAY_CHANGE`. Loggers that can be resumed continue where theirs stood.
-        `architecture` is what provides the dictionaries now, where the package that did so has another name. Raises
+        `architecture` is what provides those dictionaries now whose package has another name. Raises
         ConfigError that names every difference that would change the numbers, unless `force`; FormatError for damaged
         checkpoints.
         """
@@ -364,7 +365,9 @@ class Trainer:
             state, checkpoints = found.state, checkpoints or folder
         saved = {name: structure(c, TrainConfig, where="checkpoint") for name, c in state["configs"].items()}
         if architecture is not None:
-            state = claimed(state, architecture)
+            gone = orphaned(state)
+            require(len(gone) > 0, f"architecture: {folder} holds nothing of a package that is gone; leave it out")
+            state = claimed(state, dict.fromkeys(gone, architecture))
         try:
             saes = {
                 name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
@@ -381,13 +384,18 @@ class Trainer:
         return trainer
 
     def load_state_dict(self, state: Mapping[str, Any], *, force: bool = False) -> None:
-        """Go on with a saved state; call it before the first step. Raises ConfigError as `resume` does."""
+        """Go on with a saved state; call it before the first step. Raises ConfigError as `resume` does.
+
+        Where nobody provides a saved dictionary's architecture any more, the one of this trainer's counts as the same.
+        """
         if self.steps or self._ended:
             raise ConfigError("a state is loaded into a new trainer, before its first step")
         if list(state["learners"]) != list(self.learners):
             raise ConfigError(
                 f"the checkpoint holds the SAEs {list(state['learners'])}, this trainer {list(self.learners)}"
             )
+        if gone := orphaned(state):  # whoever made these dictionaries says what provides them now
+            state = claimed(state, {name: self._initial[name]["architecture"] for name in gone})
         found = [
             *(
                 line
