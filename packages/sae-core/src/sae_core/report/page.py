@@ -119,7 +119,7 @@ class Page:
         name = f"figure-{len(self._drawings) + 1}"
         # "</" would end the script early wherever it stood in a text
         given = ", ".join(_json(part).replace("</", "<\\/") for part in (content["data"], layout))
-        settings = '{"responsive": true, "displaylogo": false}'
+        settings = '{"responsive": true, "displayModeBar": false}'  # the bar would lie over titles
         self._drawings.append(f'Plotly.newPlot("{name}", {given}, {settings});\n')
         return f'<div class="figure" id="{name}" style="height: {height}px"></div>'
 

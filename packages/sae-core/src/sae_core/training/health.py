@@ -69,6 +69,8 @@ def duplicates(rows_FO: Tensor, among_F: Tensor | None = None) -> float:
     """
     norms_F = rows_FO.norm(dim=-1).float().clamp_min(1e-12)
     counted = torch.arange(len(rows_FO), device=rows_FO.device) if among_F is None else among_F.nonzero().squeeze(-1)
+    if not len(counted):
+        return 0.0
     asked = counted[:: max(1, -(-len(counted) // _ASKED))]
     twins = 0
     for part in asked.split(_AT_ONCE):  # never all cosines at once
@@ -79,7 +81,7 @@ def duplicates(rows_FO: Tensor, among_F: Tensor | None = None) -> float:
         if among_F is not None:
             cosines.masked_fill_(~among_F, -1.0)
         twins += int((cosines.amax(dim=1) >= _ALIKE).sum())
-    return twins / max(len(asked), 1)
+    return twins / len(asked)
 
 
 def _still(learner: Learner) -> Iterator[str]:
