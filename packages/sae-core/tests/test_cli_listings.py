@@ -270,7 +270,14 @@ def test_the_doctor_finds_everything_that_is_wrong(site: PluginFolder) -> None:
         files={"parts.py": PARTS.replace("class Gini", "Gini = 3\nclass Other")},
     )
     site.add("sae-off", "raise AssertionError")
-    done = site.cli("doctor", SAE_CORE_PLUGINS="old,sae-loads,sae-missing")
+    methods = "".join(f"    def {name}(self, *_): ...\n" for name in ("releases", "sae_ids", "lookup", "files"))
+    site.add(
+        "sae-shy",
+        "from sae_core.plugins import CatalogueSpec, hookimpl\n\n@hookimpl\ndef sae_register_catalogues():\n"
+        "    yield CatalogueSpec(name='shelf', target='sae_shy.parts:Shelf')\n",
+        files={"parts.py": f"class Shelf:\n    def __init__(self): raise RuntimeError('not today')\n{methods}"},
+    )
+    done = site.cli("doctor", SAE_CORE_PLUGINS="old,sae-loads,sae-shy,sae-missing")
     assert done.returncode == 1
     problems = "\n".join(line for line in done.stdout.splitlines() if re.match(r"\d+\. ", line))
     assert "torch cannot be imported: OSError: libcudart.so.99" in problems
@@ -280,6 +287,7 @@ def test_the_doctor_finds_everything_that_is_wrong(site: PluginFolder) -> None:
     )
     assert "sae-loads needs sae-core>99, this is" in problems
     assert "metric 'gini' of sae-loads 0.1: target 'sae_loads.parts:Gini' is not a class but int" in problems
+    assert "catalogue sae-shy:shelf 0.1 cannot be made: RuntimeError: not today" in problems
     assert "plugin sae-off" not in problems
 
 

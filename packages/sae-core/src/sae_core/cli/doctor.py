@@ -34,6 +34,9 @@ _SWITCHES = (
 )
 
 
+_MADE_PLAINLY = ("loader", "writer", "catalogue", "metric", "command")  # the others take a config
+
+
 @final
 class Doctor:
     """Check the installation: versions, torch's build, switches, and every name that plugins promise."""
@@ -125,11 +128,15 @@ def _plugin_problems(registry: Registry) -> Iterator[str]:
     for kind in KINDS:
         for contribution in registry.contributions(kind):
             try:
-                registry.usable(kind, contribution.qualified)
+                found = registry.usable(kind, contribution.qualified)
+                if kind in _MADE_PLAINLY:
+                    found()
             except MissingDependencyError:
                 continue  # an optional library that whoever uses this name is asked to install
             except SaeCoreError as error:
                 yield str(error)
+            except Exception as error:  # noqa: BLE001 - a stranger's constructor may raise anything, which is what is asked
+                yield f"{kind} {contribution.qualified} {contribution.version} cannot be made: {one_line(error)}"
 
 
 def _requires(distribution: str) -> list[str]:
