@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "lr_warm_up_steps": 10, "lr_decay_steps": 20, "lr_scheduler_name": "cosineannealing", "dead_feature_window": 50,
     "n_checkpoints": 1, "seed": 7, "output_path": "out", "device": "cpu", "autocast": False, "adam_beta1": 0.9, "verbose": True,
     "model_from_pretrained_kwargs": {"center_writing_weights": True}, "something_new": 3,
-    "logger": {"log_to_wandb": True, "wandb_log_frequency": 10},
+    "logger": {"log_to_wandb": True, "wandb_log_frequency": 10, "wandb_project": "toys", "wandb_entity": None},
 }  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def test_a_runner_config_becomes_a_run_file_in_samples_instead_of_steps(tmp_path
     assert found.run["source"]["tokens"] == {
         "bos": "window", "eos": "none", "exclude_bos": False, "exclude_eos": False, "exclude_first": 2, "exclude_last": 1,
     }  # fmt: skip
+    assert found.run["loggers"] == [{"name": "wandb", "project": "toys"}]
     assert (found.run["seed"], found.run["output"], found.run["device"]) == (7, "out", "cpu")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(found.run))
@@ -56,7 +57,7 @@ def test_a_runner_config_becomes_a_run_file_in_samples_instead_of_steps(tmp_path
 def test_what_has_no_equivalent_is_named() -> None:
     assert set(migrate(CONFIG).left_out) == {
         "lr_scheduler_name", "sequence_separator_token", "model_from_pretrained_kwargs", "something_new",
-        "logger.log_to_wandb", "sae.use_sparse_activations",
+        "sae.use_sparse_activations",
     }  # fmt: skip
     plain = {key: CONFIG[key] for key in ("model_name", "hook_name", "training_tokens")}
     assert migrate({**plain, "sae": {"architecture": "topk", "d_sae": 8, "k": 2}}).left_out.keys() == {
@@ -64,6 +65,13 @@ def test_what_has_no_equivalent_is_named() -> None:
     }
     with pytest.raises(ConfigError, match="has no 'hook_name'"):
         migrate({"sae": {"architecture": "topk"}, "model_name": "x"})
+
+
+def test_mixed_precision_and_a_starting_point_have_their_equivalents() -> None:
+    found = migrate({**CONFIG, "autocast": True, "from_pretrained_path": "checkpoints/abc/1000"})
+    assert found.run["train"]["precision"] == "bfloat16"
+    assert found.run["sae"]["start"] == "checkpoints/abc/1000"
+    assert not {"autocast", "from_pretrained_path"} & set(found.left_out)
 
 
 def test_migrate_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

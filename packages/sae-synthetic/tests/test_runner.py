@@ -110,7 +110,6 @@ def test_an_sae_that_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"autocast_sae": True}, "autocast_sae: training computes in the precision of the SAE's parameters"),
         ({"lr_scheduler_name": "cosineannealing"}, "lr_scheduler_name: 'cosineannealing' is no schedule"),
         ({"lr_end": 1e-5}, "lr_end: the rate falls to 0"),
         ({"n_restart_cycles": 2}, "n_restart_cycles"),

@@ -86,10 +86,14 @@ def test_snapshots_without_a_function_and_negative_numbers_are_refused() -> None
         train_toy_sae(sae, *_world(), 1000, n_snapshots=-1)
 
 
-def test_autocast_of_the_data_is_honoured_and_of_the_sae_refused_with_the_reason() -> None:
-    sae = create("topk", d_in=16, d_sae=12, k=2, seed=0)
-    with pytest.raises(ConfigError, match="autocast_sae: training computes in the precision of the SAE's parameters"):
-        train_toy_sae(sae, *_world(), 1000, autocast_sae=True, progress_bar=False)
+def test_autocast_of_the_data_and_of_the_sae_are_honoured() -> None:
+    ends = []
+    for autocast in (False, True):
+        sae = create("standard", d_in=16, d_sae=12, l1_coefficient=0.01, seed=0)
+        result = train_toy_sae(sae, *_world(), 20_000, autocast_sae=autocast, progress_bar=False)
+        assert sae.dtype == torch.float32
+        ends.append(result.history[-1]["loss"])
+    assert ends[0] != ends[1] == pytest.approx(ends[0], rel=0.02)
     features, generator = _world()
     batches = SyntheticActivationIterator(features, generator.fork(5), 64, autocast=True)
     exact = next(SyntheticActivationIterator(features, generator.fork(5), 64))

@@ -33,13 +33,12 @@ _WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 _NO_COUNTERPART = {
-    "autocast": "mixed precision: train.encoder_product: bfloat16 has the large product in bfloat16",
     "autocast_lm": "source.dtype: bfloat16 runs the model in bfloat16",
     "compile_llm": "the model is not compiled", "compile_sae": "the SAE is not compiled",
     "llm_compilation_mode": "the model is not compiled", "sae_compilation_mode": "the SAE is not compiled",
     "use_cached_activations": "cache activations with sae-core lm cache, and name that source",
     "cached_activations_path": "cache activations with sae-core lm cache, and name that source",
-    "from_pretrained_path": "training starts from a fresh SAE", "resume_from_checkpoint": "sae-core train RUN.yaml --resume",
+    "resume_from_checkpoint": "sae-core train RUN.yaml --resume",
     "lr_scheduler_name": "the rate is constant between warm-up and decay", "n_restart_cycles": "there are no restarts",
     "lr_end": "the rate decays to zero", "feature_sampling_window": "densities are measured at evaluation",
     "model_kwargs": "the model is called without more arguments",
@@ -47,9 +46,9 @@ _NO_COUNTERPART = {
     "save_final_checkpoint": "train.checkpoint_every_samples keeps states to go on from",
 }  # fmt: skip
 _DEFAULTS: Mapping[str, Any] = {
-    "autocast": False, "autocast_lm": False, "compile_llm": False, "compile_sae": False, "llm_compilation_mode": None,
+    "autocast_lm": False, "compile_llm": False, "compile_sae": False, "llm_compilation_mode": None,
     "sae_compilation_mode": None, "use_cached_activations": False, "cached_activations_path": None,
-    "from_pretrained_path": None, "resume_from_checkpoint": None, "lr_scheduler_name": "constant", "n_restart_cycles": 1,
+    "resume_from_checkpoint": None, "lr_scheduler_name": "constant", "n_restart_cycles": 1,
     "model_kwargs": {}, "use_chat_formatting": False, "save_final_checkpoint": False,
     "feature_sampling_window": 2000,
 }  # fmt: skip
@@ -98,6 +97,10 @@ def migrate(config: Mapping[str, Any]) -> Migration:
             "dead_after_samples": int(left.pop("dead_feature_window", 1000)) * batch,
         },
     }
+    if left.pop("autocast", False):
+        run["train"]["precision"] = "bfloat16"
+    if (start := left.pop("from_pretrained_path", None)) is not None:
+        run["sae"]["start"] = start
     checkpoints = int(left.pop("n_checkpoints", 0))
     if checkpoints:
         run["train"]["checkpoint_every_samples"] = -(-total // (checkpoints + 1))
@@ -209,7 +212,12 @@ def _logger(
 ) -> None:
     settings = cast("Mapping[str, Any]", logger) if isinstance(logger, Mapping) else {}
     if settings.get("log_to_wandb", False):
-        out["logger.log_to_wandb"] = "records go to log.jsonl; a logger plugin can send them elsewhere"
+        wandb = {
+            "project": settings.get("wandb_project", "sae_lens_training"),
+            "entity": settings.get("wandb_entity"),
+            "run_name": settings.get("run_name"),
+        }
+        run["loggers"] = [{"name": "wandb", **{key: value for key, value in wandb.items() if value is not None}}]
         every = int(settings.get("wandb_log_frequency", 10)) * int(settings.get("eval_every_n_wandb_logs", 100))
         if eval_tokens > 0:  # it evaluates during training where it logs to W&B
             run["eval"] = {"every_samples": every * batch, "tokens": eval_tokens, "batch_prompts": eval_prompts}

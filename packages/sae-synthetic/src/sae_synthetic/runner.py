@@ -18,14 +18,14 @@ from sae_core.config import option, require, structure
 from sae_core.errors import ConfigError, FormatError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.plugins import get_registry
-from sae_core.protocols import Logger
+from sae_core.protocols import Logger, RunFacts
 from sae_core.training.trainer import Progress, Record
 
 from sae_synthetic.evaluation import SyntheticDataEvalResult, eval_sae_on_synthetic_data
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
 from sae_synthetic.registry import settings_of
 from sae_synthetic.source import SyntheticActivationIterator
-from sae_synthetic.training import due_steps, refuse_autocast
+from sae_synthetic.training import due_steps
 
 __all__ = [
     "RUNNER_CONFIG_FILENAME",
@@ -68,7 +68,7 @@ class SyntheticSAERunnerConfig:
     adam_beta2: float = option(default=0.999, help="Adam's decay of the squared-gradient mean")
     n_restart_cycles: int = option(default=1, help="no other than 1: there is no schedule with restarts")
     device: str = option(default="cpu", help="where samples are made and the SAE trains")
-    autocast_sae: bool = option(default=False, help="refused; see sae's dtype")
+    autocast_sae: bool = option(default=False, help="train in mixed precision, dense products in bfloat16")
     autocast_data: bool = option(default=False, help="sum features in bfloat16")
     n_checkpoints: int = option(default=0, help="SAEs saved on the way, evenly spaced, before the end")
     checkpoint_path: str | None = option(default="checkpoints", help="folder for them; each is named by its samples")
@@ -98,7 +98,6 @@ class SyntheticSAERunnerConfig:
             "sae: expected a mapping with 'architecture' and that architecture's fields, such as "
             "{'architecture': 'topk', 'd_sae': 512, 'k': 8}",
         )
-        refuse_autocast(self.autocast_sae)
         require(
             self.lr_scheduler_name == "constant",
             f"lr_scheduler_name: {self.lr_scheduler_name!r} is no schedule of this trainer; the rate rises over "
@@ -151,6 +150,7 @@ class SyntheticSAERunnerConfig:
             adam_beta2=self.adam_beta2,
             dead_after_samples=self.dead_feature_window * size,
             init_samples=self.n_batches_for_norm_estimate * size,
+            precision="bfloat16" if self.autocast_sae else "full",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +226,8 @@ class SyntheticSAERunner:
         cfg, world = self.cfg, self.synthetic_model
         evaluations: dict[int, SyntheticDataEvalResult] = {}
         loggers = self._loggers()
+        folder = None if cfg.output_path is None else Path(cfg.output_path)
+        facts = {"": RunFacts(sae=self.sae, config=cfg.to_dict(), folder=folder)}
         steps = -(-cfg.training_samples // cfg.batch_size)
         due = due_steps(steps, cfg.n_checkpoints + 1) - {steps}
         if cfg.save_final_checkpoint:
@@ -245,7 +247,7 @@ class SyntheticSAERunner:
         source = SyntheticActivationIterator(
             world.feature_dict, world.activation_generator, cfg.batch_size, autocast=cfg.autocast_data
         )
-        result = Trainer(self.sae, source, cfg.to_train_config(), callbacks=[look], loggers=loggers).fit()
+        result = Trainer(self.sae, source, cfg.to_train_config(), callbacks=[look], loggers=loggers, facts=facts).fit()
         final = self._scores() if cfg.run_final_eval else None
         output = None if cfg.output_path is None else Path(cfg.output_path)
         if output is not None:

@@ -15,7 +15,7 @@ from sae_synthetic.features import FeatureDictionary
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.source import SyntheticActivationIterator
 
-__all__ = ["Snapshot", "due_steps", "refuse_autocast", "train_toy_sae"]
+__all__ = ["Snapshot", "due_steps", "train_toy_sae"]
 
 _DEAD_AFTER_STEPS = 1000
 
@@ -50,10 +50,9 @@ def train_toy_sae(
     """Train `sae` in place on activations of the world; returns what the trainer recorded.
 
     `snapshot_fn` is called with a `Snapshot` at `n_snapshots` evenly spaced points, the last of them the end. b_dec starts
-    where it is, so an SAE that was initialised at the truth starts there. `autocast_data` sums features in bfloat16;
-    `autocast_sae` is refused with a ConfigError that says what there is instead.
+    where it is, so an SAE that was initialised at the truth starts there. `autocast_data` sums features in bfloat16,
+    `autocast_sae` trains in mixed precision, ``TrainConfig(precision="bfloat16")``.
     """
-    refuse_autocast(autocast_sae)
     require(n_snapshots >= 0, f"n_snapshots must not be negative, found {n_snapshots}")
     require(not n_snapshots or snapshot_fn is not None, "n_snapshots asks for snapshots, but snapshot_fn is missing")
     due = due_steps(-(-training_samples // batch_size), n_snapshots)
@@ -71,6 +70,7 @@ def train_toy_sae(
         lr_decay_samples=lr_decay_steps * batch_size,
         dead_after_samples=_DEAD_AFTER_STEPS * batch_size,
         init_b_dec="zeros",
+        precision="bfloat16" if autocast_sae else "full",
         progress_bar=progress_bar,
     )
     feature_dict.to(device)
@@ -86,12 +86,3 @@ def due_steps(steps: int, times: int) -> set[int]:
     [10, 20, 30, 40]
     """
     return {round(steps * (i + 1) / times) for i in range(times)}
-
-
-def refuse_autocast(autocast_sae: bool) -> None:
-    """Raise ConfigError for what a trainer cannot honour: it computes in the precision of the SAE's parameters."""
-    require(
-        not autocast_sae,
-        "autocast_sae: training computes in the precision of the SAE's parameters, and knows no mixed one; make the SAE with "
-        "create(..., dtype='bfloat16'), or train with sae_core.Trainer and TrainConfig(encoder_product='bfloat16')",
-    )
