@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
+import importlib
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from sae_core.cli.new_plugin import render, variables_for
+from sae_core.plugins import get_registry, reset_registry
 from sae_core.plugins.finding import version_problem
 from sae_core.plugins.manager import KINDS
-from sae_core.testing import PluginFolder
-
-
-def install(site: PluginFolder, projects: list[Path]) -> None:
-    """Build the projects' wheels and unpack them where wheels of pure Python belong."""
-    code = """
-import sys
-from hatchling.builders.wheel import WheelBuilder
-for project in sys.argv[1:]:
-    print(*WheelBuilder(project).build(versions=["standard"]))
-"""
-    built = subprocess.run(
-        [sys.executable, "-c", code, *map(str, projects)], capture_output=True, check=True, text=True, timeout=120
-    )
-    for wheel in built.stdout.split():
-        zipfile.ZipFile(wheel).extractall(site.path)
+from sae_core.testing import PluginFolder, parametrize_with_checks, run_checks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,22 +40,28 @@ def test_the_requirement_that_is_written_admits_this_core() -> None:
     assert version_problem((f"sae-core{variables_for('cubic')['core']}",)) == ""
 
 
-@pytest.mark.slow
-def test_a_new_plugin_of_each_kind_is_built_listed_and_passes_its_own_tests(site: PluginFolder, tmp_path: Path) -> None:
-    """The rest, in an environment of their own and removed again, is in tests/test_isolated_install.py."""
-    projects = [render(tmp_path / "projects", variables_for(f"new-{kind}", kind)) for kind in KINDS]
-    install(site, projects)
-    listing = site.listing("--strict")
-    for kind in KINDS:
-        listed = listing[f"sae-new-{kind}:new_{kind}"]
-        assert (listed["state"], listed["version"], listed["reason"]) == ("loaded", "0.1.0", "")
-        assert [(given["kind"], given["name"]) for given in listed["provides"]] == [(kind, f"new_{kind}")]
-    command = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error"]
-    command += [str(project / "tests") for project in projects]
-    code = f"import runpy, sys; sys.argv[1:] = {command!r}; runpy.run_module('pytest', run_name='__main__')"
-    done = site.python(code)
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"\b\d\d passed, \d+ skipped in\b", done.stdout), done.stdout
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_plugin_of_each_kind_keeps_the_promises_of_its_kind(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How it is built, installed, listed, used and removed again is in tests/test_isolated_install.py."""
+    variables = variables_for(f"new-{kind}", kind)
+    project = render(tmp_path, variables)
+    monkeypatch.syspath_prepend(str(project / "src"))
+    module = importlib.import_module(f"{variables['package']}._plugin")
+    try:
+        info = get_registry().register(module, variables["distribution"])
+        assert [(spec.kind, spec.name) for spec in info.provides] == [(kind, f"new_{kind}")]
+        results = run_checks(kind, f"{variables['distribution']}:new_{kind}")
+        assert [result for result in results if not result.ok] == []
+        marks = parametrize_with_checks([f"new_{kind}"], kind=kind).args[1]
+        text = (project / "tests" / "test_conformance.py").read_text(encoding="utf-8")
+        assert len(marks) == len(results)
+        assert f'parametrize_with_checks(["new_{kind}"]' in text
+    finally:
+        reset_registry()
+        for name in [name for name in sys.modules if name.partition(".")[0] == variables["package"]]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", ["Cubic", "3d", "cubic_", "a b", "", "sae-", "ünder"])

@@ -32,10 +32,12 @@ from sae_core.plugins import (
     LoggerSpec,
     MetricSpec,
     Spec,
+    WriterSpec,
     get_registry,
     reset_registry,
 )
 from sae_core.protocols import ActivationBatch, CatalogueEntry, FileSource, LoadedSAE, RunFacts
+from sae_core.sae import SAE, Export
 from sae_core.testing import NotApplicable, PluginFolder, Subject, checks_of, parametrize_with_checks, run_checks
 from sae_core.testing.kit import Check, in_a_folder
 from safetensors.torch import save_file
@@ -43,6 +45,7 @@ from torch import Tensor
 
 SPECS: dict[str, type[Spec]] = {
     "loader": LoaderSpec,
+    "writer": WriterSpec,
     "source": ActivationSourceSpec,
     "catalogue": CatalogueSpec,
     "metric": MetricSpec,
@@ -887,7 +890,76 @@ LOADERS: list[tuple[str, type, str]] = [
     ("check_damage", RawErrors, "w.safetensors cut off raises ValueError"),
 ]
 
+# -- writers -------------------------------------------------------------------------------------------------------------
+
+
+class PlainWriter:
+    """Writes what PlainLoader reads."""
+
+    def write(self, sae: SAE, exported: Export, folder: Path) -> Sequence[str]:
+        if exported.architecture != "sae-core:standard":
+            self.refuse(exported.architecture)
+        config = exported.config
+        if sae.d_out != sae.d_in or not config.apply_b_dec_to_input or config.normalize_activations != "none":
+            raise FormatError("plain holds no transcoders and no normalisation")
+        save_file(
+            {name: self.kept(name, tensor) for name, tensor in exported.tensors.items()}, folder / "w.safetensors"
+        )
+        said = {"format": "PlainLoader", "d_in": config.d_in, "d_sae": config.d_sae}
+        (folder / "plain.json").write_text(json.dumps(said))
+        return ["metadata are left out"]
+
+    def refuse(self, architecture: str) -> None:
+        raise FormatError(f"plain holds no {architecture}")
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.contiguous()
+
+
+class UndocumentedWriter(PlainWriter):
+    pass
+
+
+class RefusesAll(PlainWriter):
+    """Finds a reason against everything."""
+
+    def write(self, sae: SAE, exported: Export, folder: Path) -> Sequence[str]:
+        raise FormatError("not today")
+
+
+class ChangesWhatItWrites(PlainWriter):
+    """Scales the SAE that it writes."""
+
+    def write(self, sae: SAE, exported: Export, folder: Path) -> Sequence[str]:
+        notes = super().write(sae, exported, folder)
+        next(sae.parameters()).data.mul_(2)
+        return notes
+
+
+class RawRefusal(PlainWriter):
+    """Trips over what it does not know."""
+
+    def refuse(self, architecture: str) -> None:
+        raise KeyError(architecture)
+
+
+class DropsBias(PlainWriter):
+    """Forgets the biases."""
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor) if name == "b_enc" else super().kept(name, tensor)
+
+
+WRITERS: list[tuple[str, type, str]] = [
+    ("check_class", UndocumentedWriter, "has no docstring"),
+    ("check_writes", RefusesAll, "it writes none of the architectures that are installed"),
+    ("check_writes", ChangesWhatItWrites, ": writing changed '"),
+    ("check_refuses", RawRefusal, "the writer cases:raw_refusal failed: .*, not a FormatError"),
+    ("check_loads_again", DropsBias, ": the output after it was written and loaded"),
+]
+
 WRONG = {
+    "writer": WRITERS,
     "loader": LOADERS,
     "source": SOURCES,
     "catalogue": CATALOGUES,
@@ -896,6 +968,7 @@ WRONG = {
     "command": COMMANDS,
 }
 RIGHT: dict[str, list[type]] = {
+    "writer": [PlainWriter],
     "loader": [PlainLoader],
     "source": [PlainSource, SequencesSource],
     "catalogue": [PlainCatalogue],
@@ -943,7 +1016,11 @@ def test_a_correct_implementation_passes_every_check(kind: str, cls: type, monke
 @pytest.mark.parametrize(
     ("kind", "check", "cls", "message"), ALL, ids=[f"{case[0]}-{case[2].__name__}" for case in ALL]
 )
-def test_a_mutant_is_rejected_by_its_check(kind: str, check: str, cls: type, message: str) -> None:
+def test_a_mutant_is_rejected_by_its_check(
+    kind: str, check: str, cls: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cls is not ClaimsAll:
+        monkeypatch.setattr(ClaimsAll, "matches", PlainLoader.matches)
     wanted = next(each for each in checks_of(kind) if each.__name__ == check)
     with pytest.raises(Exception, match=message):
         in_a_folder(wanted, Subject(kind, snake(cls)))
