@@ -80,7 +80,7 @@ class ArchetypalSAE(SAE[ArchetypalConfig]):
         self.mixture[torch.arange(self.d_sae), torch.arange(self.d_sae) % self.config.points] += 8.0
         for tensor in (self.b_enc, self.b_dec, self.deviation):
             tensor.zero_()
-        self.encoder.copy_(torch.nn.functional.normalize(self.decoder(), dim=-1))
+        self.project()
 
     @torch.no_grad()
     def start_from(self, z_RD: Tensor, target_RO: Tensor) -> None:
@@ -88,7 +88,13 @@ class ArchetypalSAE(SAE[ArchetypalConfig]):
         rows = len(z_RD)
         require(rows >= self.config.points, f"points: {self.config.points} are wanted of {rows}; raise init_samples")
         self.points.copy_((z_RD - z_RD.mean(0))[torch.arange(self.config.points) * rows // self.config.points])
-        self.encoder.copy_(torch.nn.functional.normalize(self.decoder(), dim=-1))
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Make latents the coefficients of projections on single decoder rows."""
+        rows = self.decoder()
+        self.encoder.copy_(rows / rows.square().sum(-1, keepdim=True))
 
     @torch.no_grad()
     def start_at(self, centre_O: Tensor) -> None:
