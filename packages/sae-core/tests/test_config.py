@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ class Example:
     inner: Inner = Inner()
     names: tuple[str, ...] = ()
     all_or_some: bool | list[str] = False
+    rates: dict[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         require(self.width > 0, f"width must be positive, not {self.width}")
@@ -54,6 +55,8 @@ class Example:
         ({"width": 1, "inner": {"widths": [1, "a"]}}, "expected int, found str 'a' at inner.widths[1]"),
         ({"width": 1, "names": "ab"}, "expected a list at names, found str 'ab'"),
         ({"width": 1, "all_or_some": "ab"}, "expected a list at all_or_some, found str 'ab'"),
+        ({"width": 1, "rates": ["ab"]}, "expected a mapping at rates, found list ['ab']"),
+        ({"width": 1, "rates": {"a": "b"}}, "expected float, found str 'b' at rates['a']"),
         ({"width": 0}, "width must be positive, not 0"),
     ],
 )

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from sae_core import SAE, DenseCodes, SparseCodes, create
+from sae_core import SAE, ActivationBatch, DenseCodes, SparseCodes, create
 from sae_core.errors import ConfigError, SaeCoreError, ShapeError, UnknownNameError
 from sae_core.sae import SAEConfig
 
@@ -76,7 +77,7 @@ def test_an_unknown_architecture_says_what_is_near() -> None:
         create("tpok", d_in=4, d_sae=8)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "float31", torch.int64])
+@pytest.mark.parametrize("dtype", ["int32", "float31", torch.int64, "float8_e4m3fn"])
 def test_a_dtype_that_is_not_floating_point_is_refused(dtype: object) -> None:
     with pytest.raises(ConfigError, match="is not a floating point type"):
         create("topk", d_in=4, d_sae=8, k=2, dtype=dtype)  # pyright: ignore[reportArgumentType]
@@ -90,6 +91,7 @@ def test_a_dtype_that_is_not_floating_point_is_refused(dtype: object) -> None:
         (torch.zeros(()), "last dimension must be 4"),
         (torch.zeros(3, 4, device="meta"), "input is on meta, the SAE on cpu"),
         ([1.0, 2.0], "input must be a tensor, not list"),
+        (torch.ones(3, 4).to_sparse(), r"input has layout torch.sparse_coo; pass it dense"),
     ],
 )
 def test_unusable_input_is_refused(x: torch.Tensor, message: str) -> None:
@@ -97,6 +99,41 @@ def test_unusable_input_is_refused(x: torch.Tensor, message: str) -> None:
     for call in (sae, sae.encode, sae.encode_sparse, sae.training_step):
         with pytest.raises(ShapeError, match=message):
             call(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": None}, "seed must be a whole number of 64 bits, not None"),
+        ({"seed": 2**70}, "seed must be a whole number"),
+        ({"device": None}, "device 'None' cannot be used here"),
+        ({"architecture": None}, "architecture must be a name, as 'topk', not None"),
+        ({"d_in": 10**9, "d_sae": 10**9}, "d_in = 1000000000 and d_sae = 1000000000 cannot be"),
+    ],
+)
+def test_what_no_sae_can_be_made_of_is_one_error(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create(**{"architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2, **arguments})
+
+
+def test_every_input_has_its_own_target() -> None:
+    sae = create("topk", d_in=4, d_out=3, d_sae=8, k=2)
+    for shape in [(1, 3), (3,), (4, 3), (1, 3, 3)]:  # the first two would be broadcast: the target of one row for all
+        with pytest.raises(ShapeError, match=r"targets of leading shape .*, but inputs of \(3,\); every input"):
+            sae.training_step(ActivationBatch(torch.ones(3, 4), torch.ones(shape)))
+    with pytest.raises(ShapeError, match=r"a batch of shape \(0, 4\) has no row to train on"):
+        sae.training_step(ActivationBatch(torch.ones(0, 4), torch.ones(0, 3)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"normalize_activations": "layer_norm"}, {"d_out": 3, "skip": True}])
+def test_latents_are_decoded_with_the_input_that_they_come_from(fields: dict[str, Any]) -> None:
+    sae = create("topk", d_in=4, d_sae=8, k=2, **fields)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sae.decode(sae.encode_sparse(x), x=x), sae(x))
+    for other in (x.reshape(6, 4), x.transpose(0, 1), x[:1], x[0]):
+        for latents in (sae.encode(x), sae.encode_sparse(x)):
+            with pytest.raises(ShapeError, match=r"latents of leading shape \(2, 3\), but x has"):
+                sae.decode(latents, x=other)
 
 
 def test_latents_of_another_dictionary_are_refused() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sae_core import SAE, create
+from sae_core import SAE, ActivationBatch, create
+from sae_core.config import Schedule
 from sae_core.errors import FormatError
 from sae_core.format.pair import tensor_problem
 from safetensors.torch import load_file, save_file
@@ -328,6 +329,11 @@ def trained(architecture: str, **fields: Any) -> SAE:
         ("standard", {"normalize_activations": "expected_average_only_in", "l1_coefficient": 0.3}, True),
         ("standard", {"l1_coefficient": 0.3, "lp_norm": 0.8}, False),
         ("jumprelu", {"jumprelu_bandwidth": 0.7, "l0_coefficient": 0.2}, False),
+        (
+            "standard",
+            {"normalize_activations": "constant_scalar_rescale", "activation_normalization_factor": 0.5},
+            True,
+        ),
     ],
 )
 def test_training_goes_on_with_what_was_saved(
@@ -346,6 +352,43 @@ def test_training_goes_on_with_what_was_saved(
     assert torch.equal(found.loss, expected.loss)
     if not beside:  # the inference form is the training form, and keeps the choices of the run
         assert SAE.load(folder).config == sae.config
+
+
+@pytest.mark.parametrize("architecture", ["topk", "abstopk", "groupmax"])
+def test_latents_are_ranked_in_further_training_as_they_were(tmp_path: Path, architecture: str) -> None:
+    sae = trained(
+        architecture, k=3 if architecture == "groupmax" else Schedule(6, 3), normalize_activations="layer_norm"
+    )
+    folder = sae.save(tmp_path / "sae")
+    again = SAE.load(folder, form="training")
+    assert (again.config, sorted(path.name for path in folder.iterdir())) == (sae.config, FILES)
+    assert torch.allclose(again(X), sae(X), atol=1e-5)
+    assert torch.allclose(again.encode(X), sae.encode(X), atol=1e-5)
+    edited = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**edited, "k": 4 if architecture == "groupmax" else 2}))
+    assert SAE.load(folder, form="training").config.k != sae.config.k  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_cross_layer_transcoder_goes_on_selecting_over_the_batch(tmp_path: Path) -> None:
+    sites: dict[str, Any] = {"reads": {"a": 2, "b": 4}, "writes": {"x": 3, "y": 3}}
+    sae = create("cross_layer_transcoder", d_in=6, d_sae=12, activation="batchtopk", k=2, **sites)
+    sae.training_step(ActivationBatch(X, X))
+    folder = sae.save(tmp_path / "sae")
+    again = SAE.load(folder, form="training")
+    assert again.config == sae.config
+    assert torch.equal(again.eval()(X), sae.eval()(X))
+    (folder / "training_form.safetensors").unlink()
+    with pytest.raises(FormatError, match="saved in another form than that of training; the training form"):
+        SAE.load(folder, form="training")
+
+
+def test_a_fact_under_the_key_of_this_project_is_asked_to_go_elsewhere(tmp_path: Path) -> None:
+    sae = topk(1)
+    sae.metadata = {"sae_core": "my note"}
+    with pytest.raises(FormatError, match=r"metadata\['sae_core'\] is where .* holds 'my note'; rename that key"):
+        sae.save(tmp_path / "sae")
+    sae.metadata = {"sae_core": None, "training_architecture": None, "sae_lens_version": None}
+    assert SAE.load(sae.save(tmp_path / "sae"), form="training").config == sae.config
 
 
 def test_saving_another_sae_leaves_no_training_form_of_the_last_one(tmp_path: Path) -> None:

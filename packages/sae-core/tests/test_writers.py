@@ -137,3 +137,15 @@ def test_sae_lens_reads_what_is_written_for_it(tmp_path: Path) -> None:
     torch.testing.assert_close(SAE.load(tmp_path / "out")(x), sae.eval()(x))
     with pytest.raises(FormatError, match="sae_lens cannot express architecture 'groupmax'"):
         convert(create("groupmax", d_in=4, d_sae=8, k=2), "sae_lens", tmp_path / "other")
+
+
+def test_sae_lens_has_no_name_for_an_input_scaled_by_a_constant(tmp_path: Path) -> None:
+    scaled: dict[str, Any] = {
+        "normalize_activations": "constant_scalar_rescale",
+        "activation_normalization_factor": 0.5,
+    }
+    pursuit = create("matching_pursuit", d_in=4, d_sae=8, **scaled)  # does not fold it
+    with pytest.raises(FormatError, match=r"sae_lens cannot express an input scaled by 0\.5"):
+        convert(pursuit, "sae_lens", tmp_path / "pursuit")
+    convert(create("standard", d_in=4, d_sae=8, **scaled), "sae_lens", tmp_path / "standard")
+    assert SAE.load(tmp_path / "standard").config.normalize_activations == "none"

@@ -231,6 +231,9 @@ def _problems(data: Any, into: Any, path: str) -> typing.Iterator[str]:
             value = data[field.name]
             if isinstance(value, Mapping):
                 yield from _problems(value, hints[field.name], f"{path}{field.name}.")
+        elif field.init and typing.get_origin(hints[field.name]) is dict and not isinstance(data[field.name], Mapping):
+            value = data[field.name]
+            yield f"expected a mapping at {path}{field.name}, found {type(value).__name__} {value!r}"
         elif field.init and isinstance(data[field.name], str) and _is_list(hints[field.name]):
             yield f"expected a list at {path}{field.name}, found str {data[field.name]!r}"  # its letters would be taken
 

@@ -52,6 +52,7 @@ __all__ = [
 
 
 _DIRECTIONS_AT_ONCE = 2048
+_PRECISIONS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _STATISTICS = ("normalization.", "target_normalization.")
 RESERVED_FIELDS = ("architecture", "device", "dtype", "metadata", "sae_lens_version")
 
@@ -462,6 +463,11 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
                 raise ShapeError(f"decode: codes of a dictionary of {latents.d_sae} latents, this one has {self.d_sae}")
             leading, codes = latents.leading_shape, latents.reshape(latents.rows)
         prepared = None if x is None else self.prepare(x)
+        if prepared is not None and prepared.leading_shape != leading:
+            raise ShapeError(
+                f"{self.architecture}: latents of leading shape {leading}, but x has {prepared.leading_shape}; pass the input "
+                "that was encoded"
+            )
         y_RO = self.decode_rows(codes, prepared)
         if prepared is not None:
             return self._restore(y_RO, prepared)
@@ -472,14 +478,21 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         """The objective on a batch of activations; `.loss` is ready for ``backward()``."""
         inputs, targets = (batch.inputs, batch.targets) if isinstance(batch, ActivationBatch) else (batch, None)
         prepared = self.prepare(inputs)
+        if prepared.z.shape[0] == 0:
+            raise ShapeError(f"{self.architecture}: a batch of shape {tuple(inputs.shape)} has no row to train on")
         return self.objective(prepared, self.target_rows(prepared, targets), context or StepContext())
 
     def target_rows(self, prepared: Prepared, targets: Tensor | None) -> Tensor:
         """What reconstructions are compared with, (rows, d_out): the target or the input itself, normalised where that is a
-        fixed map. Raises ShapeError when a transcoder gets no targets.
+        fixed map. Raises ShapeError when a transcoder gets no targets, or when there is not one for every input.
         """
         if targets is not None:
             self._check(targets, self.d_out, "targets")
+            if tuple(targets.shape[:-1]) != prepared.leading_shape:  # one row would be taken as the target of all
+                raise ShapeError(
+                    f"{self.architecture}: targets of leading shape {tuple(targets.shape[:-1])}, but inputs of "
+                    f"{prepared.leading_shape}; every input has a target"
+                )
             raw = targets.reshape(-1, self.d_out).to(self.dtype)
             if self.target_normalization is not None:
                 return self.target_normalization(raw)[0]
@@ -571,6 +584,10 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     def _check(self, x: Tensor, width: int, what: str) -> None:
         if not isinstance(x, Tensor):
             raise ShapeError(f"{self.architecture}: {what} must be a tensor, not {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise ShapeError(
+                f"{self.architecture}: {what} has layout {x.layout}; pass it dense, as .to_dense() gives it"
+            )
         if x.dim() == 0 or x.shape[-1] != width:
             raise ShapeError(
                 f"{self.architecture}: {what} of shape {tuple(x.shape)}, but the last dimension must be {width}"
@@ -612,10 +629,10 @@ def as_device(device: torch.device | str) -> torch.device:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}") from None
-    return torch.device(device)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -625,6 +642,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     torch.bfloat16
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in _PRECISIONS:
         raise ConfigError(f"dtype {dtype!r} is not a floating point type: float32, float64, float16 or bfloat16")
     return found

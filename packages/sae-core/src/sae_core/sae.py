@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from sae_core.config import structure
+from sae_core.config import require, structure
 from sae_core.dictionary import (
     Axis,
     ConfigT_co,
@@ -140,19 +140,36 @@ def create(
 ) -> SAE:
     """A new SAE of any registered architecture, initialised from `seed`.
 
-    `config` holds the architecture's fields; unknown ones raise ConfigError with the known ones listed.
+    `config` holds the architecture's fields; unknown ones raise ConfigError with the known ones listed, as do widths for
+    which there is not the memory.
 
     >>> sae = create("topk", d_in=8, d_sae=32, k=4, seed=0)
     >>> sae.encode_sparse(torch.ones(3, 8)).shape
     (3, 32)
     """
+    require(isinstance(architecture, str), f"architecture must be a name, as 'topk', not {architecture!r}")  # pyright: ignore[reportUnnecessaryIsInstance] - what callers give is not checked
+    drawn = _generator(seed)
     try:
         sae_class = cast("type[SAE]", get_registry().usable("architecture", architecture))
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}{said_here(architecture)}") from None
     place = as_device(device)
-    with caller_initialises():
-        sae = sae_class(structure(config, sae_class.config_class, where=f"architecture {architecture!r}"))
+    fields = structure(config, sae_class.config_class, where=f"architecture {architecture!r}")
+    try:
+        with caller_initialises():
+            sae = sae_class(fields)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"architecture {architecture!r}: d_in = {fields.d_in} and d_sae = {fields.d_sae} cannot be: {reason}"
+        ) from None
     sae.to(as_dtype(dtype))
-    sae.reset_parameters(torch.Generator().manual_seed(seed))
+    sae.reset_parameters(drawn)
     return sae.to(place)
+
+
+def _generator(seed: int) -> torch.Generator:
+    try:
+        return torch.Generator().manual_seed(seed)
+    except (RuntimeError, TypeError, ValueError):
+        raise ConfigError(f"seed must be a whole number of 64 bits, not {seed!r}") from None

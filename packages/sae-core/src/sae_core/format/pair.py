@@ -57,6 +57,7 @@ __all__ = [
     "sign",
     "temporary_name",
     "tensor_problem",
+    "weights_named",
 ]
 
 _KEY = "sae_core"
@@ -229,11 +230,12 @@ def _belongs(cfg: Mapping[str, Any], claim: Claim) -> bool:
     """Whether `cfg` names these weights, or is exactly what they were saved with."""
     if not isinstance(cfg.get("metadata", {}), Mapping):
         return True  # no config at all, which is for its reader to say
-    named = _weights_named(cfg)
+    named = weights_named(cfg)
     return named == claim.header or (named is None and _digest(cfg) == claim.config)
 
 
-def _weights_named(cfg: Mapping[str, Any]) -> str | None:
+def weights_named(cfg: Mapping[str, Any]) -> str | None:
+    """The digest of the weights that a config says it belongs to, None if it names none."""
     metadata = cfg.get("metadata")
     ours = cast("Mapping[str, Any]", metadata).get("sae_core") if isinstance(metadata, Mapping) else None
     named = cast("Mapping[str, Any]", ours).get("weights") if isinstance(ours, Mapping) else None
@@ -243,7 +245,7 @@ def _weights_named(cfg: Mapping[str, Any]) -> str | None:
 def _digest(cfg: Mapping[str, Any]) -> str:
     """SHA-256 of a config without what it says of its weights, however its keys are ordered and spaced."""
     metadata = cfg.get("metadata")
-    if _weights_named(cfg) is not None:
+    if weights_named(cfg) is not None:
         kept = dict(cast("Mapping[str, Any]", metadata))
         kept["sae_core"] = {key: value for key, value in kept["sae_core"].items() if key != "weights"}
         cfg = {**cfg, "metadata": kept}

@@ -45,6 +45,11 @@ def sae_lens_reads(sae: Dictionary) -> bool:
 def _checked(sae: Dictionary, exported: Export) -> str:
     """The architecture's name; FormatError for what SAELens cannot express."""
     name = core_architecture(exported, "sae_lens", _KNOWN, _TRANSCODERS)
+    if exported.config.normalize_activations == "constant_scalar_rescale":
+        raise FormatError(
+            f"sae_lens cannot express an input scaled by {exported.config.activation_normalization_factor:g}, which "
+            f"architecture {name!r} does not fold into its weights"
+        )
     if not sae.reconstructs_input and exported.config.normalize_activations != "none":
         raise FormatError(
             f"sae_lens cannot express a transcoder with normalize_activations: {exported.config.normalize_activations}: "

@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from sae_core.config import structure, unstructure
 from sae_core.errors import FormatError, UnknownNameError
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles, read_safetensors
 from sae_core.format.hook_names import spell_hook_names
-from sae_core.format.pair import read_pair, said_in_header
+from sae_core.format.pair import read_pair, said_in_header, weights_named
 from sae_core.format.sae_lens_names import of_its_provider
 from sae_core.format.tensors import plain_tensor
 from sae_core.plugins import get_registry
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from sae_core.dictionary import Dictionary, Export
@@ -32,7 +33,15 @@ __all__ = ["load_training_form", "needs_training_form", "training_header", "trai
 
 def needs_training_form(sae: Dictionary, exported: Export) -> bool:
     """Whether the inference form leaves out more than the choices of a training run, which the metadata keep."""
-    return exported.architecture != sae.architecture or len(sae.state_dict()) > len(sae.tensors())
+    return (
+        exported.architecture != sae.architecture
+        or sae.normalization.folds
+        or set(exported.tensors) != _names_in_files(sae)
+    )
+
+
+def _names_in_files(sae: Dictionary) -> set[str]:
+    return {sae.axis(name).file or name for name in sae.tensors()}
 
 
 def training_tensors(sae: Dictionary) -> dict[str, Tensor]:
@@ -61,8 +70,8 @@ def load_training_form(
 ) -> Dictionary:
     """The SAE in `path` as it was in training, in train mode; `architecture` is what provides it now, if that has another name.
 
-    That is the inference form itself where it holds everything. Raises FormatError where it does not and there is no training
-    form, or one of another save.
+    That is the inference form itself where it holds everything, with the config of the run. Raises FormatError where it does
+    not and there is no training form, or one of another save.
     """
     from sae_core.dictionary import as_device, as_dtype
     from sae_core.format.read import load_sae
@@ -72,15 +81,9 @@ def load_training_form(
     if said is None:
         claimed = None if architecture is None else {"architecture": architecture}
         sae = load_sae(path, device=device, dtype=dtype, format="sae_lens", overrides=claimed)
-        trained_as = sae.metadata.get("training_architecture", sae.architecture)
-        if trained_as != sae.architecture:
-            raise FormatError(
-                f"{path}: it was trained as {trained_as!r} and saved as {sae.architecture!r}; the training form "
-                f"({TRAINING_FILE}) is not beside it, so training cannot go on where it was"
-            )
-        return sae.train()
+        return _with_training_config(sae, path).train()
     cfg, _ = read_pair(LocalFiles(path), "")
-    if said.get("weights") != cfg.get("metadata", {}).get("sae_core", {}).get("weights"):
+    if said.get("weights") != (weights_named(cfg) or ""):
         raise FormatError(
             f"{file}: it belongs to another save than {WEIGHTS_FILE} and {CONFIG_FILE}; remove it, or save again"
         )
@@ -104,3 +107,41 @@ def load_training_form(
         trained.to(as_dtype(dtype))
     trained.metadata = spell_hook_names(cfg["metadata"])
     return trained.to(as_device(device)).train()
+
+
+def _with_training_config(sae: Dictionary, path: Path) -> Dictionary:
+    """The inference form `sae` with the config that it was trained with, if that is what its tensors are.
+
+    They are when they are exported as what is in the file: norms that were folded are one, a schedule has come to its end.
+    A config that was edited by hand is another one, and stays.
+    """
+    trained_as = sae.metadata.get("training_architecture") or sae.architecture
+    if trained_as != sae.architecture:
+        raise FormatError(_lost(path, f"trained as {trained_as!r} and saved as {sae.architecture!r}"))
+    ours = sae.metadata.get("sae_core")
+    recorded = cast("Mapping[str, Any]", ours).get("training_config") if isinstance(ours, Mapping) else None
+    if not isinstance(recorded, Mapping):
+        return sae
+    kind, known = type(sae), cast("Mapping[str, Any]", recorded)
+    config = structure(known, kind.config_class, where=f"{path}: metadata.sae_core.training_config")
+    if config == sae.config:
+        return sae
+    with torch.device("meta"):
+        trained = kind(config)
+    if trained.normalization.folds or set(trained.state_dict()) != set(sae.state_dict()):
+        raise FormatError(_lost(path, "saved in another form than that of training"))
+    tensors = sae.state_dict()
+    if any(tensor.shape != tensors[name].shape for name, tensor in trained.state_dict().items()):
+        return sae
+    trained.load_state_dict(tensors, assign=True)
+    made, asked = trained.export(), sae.export()
+    same = made.config == asked.config and all(
+        torch.allclose(tensor, asked.tensors[name], rtol=8 * torch.finfo(tensor.dtype).eps, atol=0)
+        for name, tensor in made.tensors.items()
+    )
+    trained.metadata = sae.metadata
+    return trained if same else sae
+
+
+def _lost(path: Path, how: str) -> str:
+    return f"{path}: it was {how}; the training form ({TRAINING_FILE}) is not beside it, so training cannot go on where it was"

@@ -15,10 +15,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -128,12 +128,17 @@ def inference_config(sae: Dictionary, exported: Export) -> dict[str, Any]:
     if provider.distribution == CORE:
         architecture, cfg = to_sae_lens(architecture, cfg)
     dtype = str(sae.dtype).removeprefix("torch.")
+    ours = sae.metadata.get("sae_core") or {}
+    if not isinstance(ours, Mapping):
+        raise FormatError(
+            f"not saved: metadata['sae_core'] is where this project keeps its own facts, and holds {ours!r}; rename that key"
+        )
     metadata = {
         **sae.metadata,
-        "sae_lens_version": sae.metadata.get("sae_lens_version", _SAE_LENS_LAYOUT),
-        "training_architecture": sae.metadata.get("training_architecture", sae.architecture),
+        "sae_lens_version": sae.metadata.get("sae_lens_version") or _SAE_LENS_LAYOUT,
+        "training_architecture": sae.metadata.get("training_architecture") or sae.architecture,
         "sae_core": {
-            **sae.metadata.get("sae_core", {}),
+            **cast("Mapping[str, Any]", ours),
             "format_version": FORMAT_VERSION,
             "provider": {"distribution": provider.distribution, "version": provider.version},
         },
