@@ -12,7 +12,15 @@ from sae_core.sae import SAE
 from sae_core.testing.kit import Check, NotApplicable, Subject
 from sae_core.testing.small import batch_for, pairs_for, same, train, trained
 
-__all__ = ["CHECKS", "NORMALIZATIONS", "check_saved"]
+__all__ = [
+    "CHECKS",
+    "NORMALIZATIONS",
+    "check_folding",
+    "check_save_and_load",
+    "check_saved",
+    "check_saving_normalised",
+    "check_some_latents",
+]
 
 NORMALIZATIONS = ("layer_norm", "expected_average_only_in", "covariance_whitening")
 """One that differs from row to row, one factor, one map with a shift."""

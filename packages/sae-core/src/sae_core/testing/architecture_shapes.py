@@ -22,7 +22,12 @@ from sae_core.testing.architecture_training import check_gradients
 from sae_core.testing.kit import Check, NotApplicable, Subject
 from sae_core.testing.small import batch_for, pairs_for, train
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_sites",
+    "check_skip",
+    "check_transcoder",
+]
 
 
 def check_transcoder(subject: Subject) -> None:

@@ -17,7 +17,20 @@ from sae_core.testing.small import is_finite, pairs_for, same, train
 from sae_core.training.config import TrainConfig
 from sae_core.training.trainer import Progress, Trainer
 
-__all__ = ["CHECKS", "check_gradients"]
+__all__ = [
+    "CHECKS",
+    "check_after_step",
+    "check_gradients",
+    "check_learns",
+    "check_mean_over_rows",
+    "check_objective",
+    "check_objective_is_the_forward_pass",
+    "check_restart",
+    "check_resume",
+    "check_trainer",
+    "check_training_is_deterministic",
+    "check_training_precisions",
+]
 
 
 def check_objective(subject: Subject) -> None:

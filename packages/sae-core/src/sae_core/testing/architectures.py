@@ -28,7 +28,24 @@ from sae_core.testing import architecture_files, architecture_shapes, architectu
 from sae_core.testing.kit import Check, Subject
 from sae_core.testing.small import batch_for, is_finite, pairs_for, same, trained
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_class",
+    "check_config",
+    "check_config_is_used",
+    "check_copies",
+    "check_dtypes",
+    "check_gradient_to_input",
+    "check_latents_are_distinct",
+    "check_pickling",
+    "check_repeatable",
+    "check_rows_are_independent",
+    "check_seed",
+    "check_shapes",
+    "check_sparse_is_dense",
+    "check_state_dict",
+    "check_wrong_input",
+]
 
 
 def check_class(subject: Subject) -> None:

@@ -16,7 +16,13 @@ from sae_core.plugins import get_registry
 from sae_core.protocols import Catalogue, CatalogueEntry, FileSource, KnowsBaseModels
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_entries",
+    "check_files",
+    "check_lists",
+    "check_unknown_names",
+]
 
 _RELEASES, _IDS = 40, 3  # looked at, spread over the list: some catalogues hold thousands of entries
 _REPOSITORY = re.compile(r"[^/\s]+/[^/\s]+")

@@ -13,7 +13,13 @@ from sae_core.plugins.manager import HEAVY
 from sae_core.protocols import Command
 from sae_core.testing.kit import Check, Subject, check_class
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_configure",
+    "check_help",
+    "check_light",
+    "check_wrong_usage",
+]
 
 _LOADS = """
 import argparse, importlib, sys

@@ -25,7 +25,18 @@ from sae_core.plugins import Contribution, get_registry
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["Check", "CheckResult", "NotApplicable", "Subject", "checks_of", "parametrize_with_checks", "run_checks"]
+__all__ = [
+    "Check",
+    "CheckResult",
+    "NotApplicable",
+    "Subject",
+    "check_class",
+    "check_options",
+    "checks_of",
+    "in_a_folder",
+    "parametrize_with_checks",
+    "run_checks",
+]
 
 _HOMES = {
     "architecture": "architectures",

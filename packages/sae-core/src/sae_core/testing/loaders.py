@@ -30,7 +30,18 @@ from sae_core.sae import SAE, create
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class
 from sae_core.testing.small import batch_for, is_finite, same
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_config_alone",
+    "check_damage",
+    "check_every_tensor_counts",
+    "check_junk_is_an_answer",
+    "check_loads",
+    "check_overrides",
+    "check_own_files_are_recognised",
+    "check_rows",
+    "check_strangers_are_left_alone",
+]
 
 _STRANGE = "no_such_tensor_of_any_format"
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")

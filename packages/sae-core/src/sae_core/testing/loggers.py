@@ -17,7 +17,15 @@ from sae_core.training.checkpoint import read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig
 from sae_core.training.trainer import Progress, Trainer
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_close",
+    "check_records",
+    "check_resumes",
+    "check_run",
+    "check_several_dictionaries",
+    "check_values_that_are_no_numbers",
+]
 
 _Record = Mapping[str, float | int | str | None]
 

@@ -13,7 +13,16 @@ from sae_core.codes import SparseCodes
 from sae_core.protocols import Metric
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_batches_make_no_difference",
+    "check_codes",
+    "check_few_rows",
+    "check_inputs_are_left_alone",
+    "check_instances_are_apart",
+    "check_numbers",
+    "check_order_makes_no_difference",
+]
 
 _ROWS, _WIDTH, _LATENTS = 24, 8, 20
 

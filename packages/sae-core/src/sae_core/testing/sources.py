@@ -22,7 +22,16 @@ from sae_core.training.checkpoint import read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig
 from sae_core.training.trainer import Trainer
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_batches",
+    "check_metadata",
+    "check_restarts",
+    "check_resumes",
+    "check_seed",
+    "check_sequences",
+    "check_trains",
+]
 
 _MOST = 6  # batches looked at; a source may never end
 

@@ -20,7 +20,12 @@ from sae_core.sae import SAE
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class
 from sae_core.testing.small import batch_for, same
 
-__all__ = ["CHECKS"]
+__all__ = [
+    "CHECKS",
+    "check_loads_again",
+    "check_refuses",
+    "check_writes",
+]
 
 
 def check_writes(subject: Subject) -> None:
