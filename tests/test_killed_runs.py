@@ -86,12 +86,12 @@ def start(processes: Any, *argv: str | Path, errors: Path) -> BaseProcess:
 
 
 def ended(process: BaseProcess) -> int | None:
-    process.join(120)
+    process.join(400)
     return process.exitcode
 
 
 def wait_for(condition: Callable[[], Any], process: BaseProcess) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not condition() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.0002)
 
@@ -114,18 +114,17 @@ def saving_at_the_end(out: Path) -> bool:
     return out.is_dir() and any("sae_weights" in path.name for path in out.iterdir())
 
 
+def records(out: Path) -> int:
+    log = out / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, moments: list[str]) -> dict[str, int]:
     """Run it whole; run it again, killing it at these moments; compare; say how many kills hit."""
     out, errors, file = tmp_path / "out", tmp_path / "errors", tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**run, "output": str(out)}))
-    assert ended(start(processes, "train", "--help", errors=errors)) == 0  # imports, so that only the run is timed
-    began = time.monotonic()
-    assert ended(start(processes, "train", "--help", errors=errors)) == 0
-    empty = time.monotonic() - began
-    began = time.monotonic()
     whole = start(processes, "train", file, "--set", f"output={tmp_path / 'whole'}", errors=errors)
     assert ended(whole) == 0, errors.read_text()
-    duration = time.monotonic() - began
     chance = random.Random(1)
     hits = dict.fromkeys(moments, 0)
     for moment in moments:
@@ -135,7 +134,10 @@ def killed_and_resumed(processes: Any, run: dict[str, Any], tmp_path: Path, mome
         elif moment == "end":
             wait_for(lambda: saving_at_the_end(out), process)
         else:
-            time.sleep(chance.uniform(0, empty + 2 * (duration - empty) / len(moments)))  # the last ones hit, too
+            # By progress, not by the clock, so that the last moments hit as well.
+            more = records(out) + chance.randint(0, 4)
+            wait_for(lambda more=more: records(out) >= more, process)
+            time.sleep(chance.uniform(0, 0.02))
         process.kill()
         hits[moment] += ended(process) == -signal.SIGKILL
     assert ended(start(processes, "train", file, "--resume", errors=errors)) == 0, errors.read_text()
@@ -156,8 +158,7 @@ def survives(processes: Any, run: dict[str, Any], train: dict[str, Any], tmp_pat
     run = {**run, "sae": {"d_sae": 32, **run["sae"]}, "train": {**common, **train}}
     hits = killed_and_resumed(processes, run, tmp_path, moments)
     print(f"{sum(hits.values())} of {len(moments)} kills hit")
-    assert hits["checkpoint"] >= 1
-    assert sum(hits.values()) >= len(moments) // 2
+    assert sum(hits.values()) >= len(moments) - 2  # a checkpoint may be written before anybody looks
 
 
 @pytest.mark.slow
