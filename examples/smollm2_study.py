@@ -97,11 +97,22 @@ def trained(run: RunConfig, out: Path) -> SAE[Any]:
 
 
 def telling(found: StudyFolder) -> int:
-    """A latent that is active now and then, and when it is, does most for the tokens that it promotes."""
-    latents = found.latents
-    effect = latents["promoted_logits"][:, :6].mean(1) * latents["mean_active"]
+    """A latent that knows which word comes next: in its top examples that word is among the three tokens it promotes most."""
+    from safetensors.torch import load_file
+
+    examples, windows = (load_file(found.path / f"{name}.safetensors") for name in ("examples", "windows"))
+    latents, last = found.latents, windows["tokens"].shape[1] - 1
+    top = (examples["band"] == 0) & (examples["position"] < last)
+    behind = windows["tokens"][examples["window"].clamp_min(0), (examples["position"].long() + 1).clamp(0, last)]
+    words = torch.tensor([token for token, text in found.tokens.items() if text.strip().isalpha()])
+    expected = (behind.unsqueeze(-1) == latents["promoted_tokens"][:, :3].unsqueeze(1)).any(-1) & torch.isin(
+        behind, words
+    )
+    share = (expected & top).sum(1) / top.sum(1).clamp_min(1)
+    effect = latents["promoted_logits"][:, 0] * latents["mean_active"]
+    score = share + effect / effect.max() / 100  # among equals, the one that does most for its first token
     seldom = (latents["density"] < 0.02) & (latents["windows"] >= 5)
-    return int(torch.where(seldom, effect, -torch.inf).argmax())
+    return int(torch.where(seldom, score, -torch.inf).argmax())
 
 
 @torch.no_grad()
@@ -113,7 +124,7 @@ def steered(
     tokenizer: Any = source.tokenizer
     tokens = torch.tensor([[source.rules.bos_id, *tokenizer(PROMPT, add_special_tokens=False)["input_ids"]]])
     tokens = tokens.to(source.language_model.device)
-    promoted = found.latents["promoted_tokens"][latent][:6].long().to(tokens.device)
+    promoted = found.latents["promoted_tokens"][latent][:3].long().to(tokens.device)
     strength = times * float(found.latents["mean_active"][latent])
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": source.rules.pad_id}
 
