@@ -64,7 +64,7 @@ def rows_of(task: str, contenders: list[Contender], batch: int) -> list[dict[str
             "wall µs/token": f"{1e6 * contender.best / batch:.1f}",
             "CPU µs/token": f"{1e6 * min(contender.cpu_seconds) / batch:.1f}",
             "of bare": f"{contender.best / bare.best:.3f}" if bare else "",
-            "peak MiB": f"{contender.peak_mib:.0f}",
+            "peak MiB": contender.peak_mib,
         }
         for contender in contenders
     ]

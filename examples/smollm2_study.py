@@ -150,7 +150,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--latent", type=int, help="the latent to steer (default: one with an effect that is easy to see)"
     )
-    parser.add_argument("--times", type=float, default=4.0, help="how often its mean activation to add (default: 4)")
+    parser.add_argument("--times", type=float, default=8.0, help="how often its mean activation to add (default: 8)")
     parser.add_argument(
         "--set",
         dest="overrides",

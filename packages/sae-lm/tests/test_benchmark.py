@@ -33,3 +33,16 @@ def test_every_worker_handles_the_same_activations_and_ours_trains_on_them(modul
     for worker, one in (("lm_bare_worker", spec), ("lm_sae_core_worker", spec), ("lm_sae_core_worker", training)):
         step = modules(worker).build(one)
         assert [step() for _ in range(3)] == [64, 64, 64]
+
+
+def test_the_table_sets_every_library_beside_the_bare_pass(modules: Any) -> None:
+    driver = modules("language_model")
+    made = [
+        driver.Contender(name, "python", None, seconds=[seconds, 9.0], cpu_seconds=[0.5], peak_mib=peak)
+        for name, seconds, peak in (("bare", 0.1, 10.4), ("sae-core", 0.104, 12.0))
+    ]
+    rows = driver.rows_of("activations", made, 1000)
+    assert [row["of bare"] for row in rows] == ["1.000", "1.040"]
+    assert [row["wall µs/token"] for row in rows] == ["100.0", "104.0"]
+    assert "| sae-core" in driver.table(rows)
+    assert driver.rows_of("training", made[1:], 1000)[0]["of bare"] == ""
