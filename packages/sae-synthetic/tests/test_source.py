@@ -130,7 +130,7 @@ def test_settings_of_a_run_file_reach_the_model() -> None:
         ({"hierarchy": {"total_roots": 3}}, "total_root"),
         ({"total_samples": 0}, "total_samples must be at least 1"),
         ({"seed": -1}, "seed must be a non-negative integer"),
-        ({"model": Path("somewhere")}, "the saved model has its own num_features, hidden_dim"),
+        ({"model": Path("somewhere")}, "the saved world has its own num_features, .*d_in"),
         ({"mean_firing_magnitudes": -2.0}, "mean_firing_magnitudes must not be negative"),
     ],
 )

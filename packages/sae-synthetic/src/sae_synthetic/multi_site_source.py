@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 from sae_core import ActivationBatch
-from sae_core.config import option, require
-from sae_core.errors import ConfigError
+from sae_core.config import option
 from sae_core.sae import as_device
 from torch import Tensor
 
 from sae_synthetic.multi_site import MultiSiteModel, MultiSiteModelConfig
 from sae_synthetic.source import SyntheticBatches
+from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world
 
 __all__ = ["MultiSiteBatches", "MultiSiteSource", "MultiSiteSourceConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiSiteSourceConfig:
+class MultiSiteSourceConfig(WorldSourceConfig):
     """Config of `MultiSiteSource`: a saved world, or the settings of a new one."""
 
-    model: Path | None = option(default=None, help="folder of a saved MultiSiteModel; no other setting of a world then")
-    num_features: int | None = option(default=None, help="number of true features")
     sites: dict[str, int] | None = option(default=None, help="widths of the sites that are read, by name")
     targets: dict[str, int] | None = option(default=None, help="widths of the sites that a transcoder predicts")
     exclusive: dict[str, int] | None = option(default=None, help="number of features by site that are only there")
@@ -34,35 +31,9 @@ class MultiSiteSourceConfig:
     alike: float | None = option(
         default=None, help="cosine of a shared feature's directions at two sites; by default 0"
     )
-    firing_probability: float | dict[str, Any] | None = option(
-        default=None, help="one number, or generator_name: NAME and its settings; by default zipfian"
-    )
-    hierarchy: dict[str, Any] | None = option(default=None, help="settings of a generated hierarchy")
-    orthogonalization: dict[str, Any] | None = option(default=None, help="settings of the orthogonalisation")
-    correlation: dict[str, Any] | None = option(default=None, help="settings of a low-rank correlation")
-    std_firing_magnitudes: float | dict[str, Any] | None = option(
-        default=None, help="spread of a firing feature's value, a number or a rule; by default 0"
-    )
-    mean_firing_magnitudes: float | dict[str, Any] | None = option(
-        default=None, help="mean of a firing feature's value, a number or a rule; by default 1"
-    )
-    bias: float | None = option(default=None, help="norm of each site's bias; by default 0")
-    seed: int = option(default=0, help="decides the world, and the samples")
-    total_samples: int | None = option(default=None, help="end after this many samples; by default never")
-    device: str = option(default="cpu", help="where samples are made")
 
     def __post_init__(self) -> None:
-        settings = _settings(self)
-        if self.model is not None:
-            require(not settings, f"model: the saved world has its own {', '.join(settings)}; give one or the other")
-        else:
-            missing = [key for key in ("num_features", "sites") if key not in settings]
-            require(not missing, f"missing key {', '.join(missing)} (or model: the folder of a saved world)")
-            _model_config(self)
-        require(
-            self.total_samples is None or self.total_samples >= 1,
-            f"total_samples must be at least 1, not {self.total_samples}",
-        )
+        check_world(self, ("num_features", "sites"), lambda: _model_config(self))
 
 
 @final
@@ -146,18 +117,5 @@ class MultiSiteBatches(Iterator["Tensor | ActivationBatch"]):
         self._inputs.load_state_dict(state)
 
 
-def _settings(config: MultiSiteSourceConfig) -> dict[str, Any]:
-    """What the config says about a new world."""
-    names = [name for name in MultiSiteModelConfig.__dataclass_fields__ if name not in ("seed", "dtype")]
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
 def _model_config(config: MultiSiteSourceConfig) -> MultiSiteModelConfig:
-    settings = _settings(config)
-    if isinstance(config.firing_probability, int | float):
-        settings["firing_probability"] = {"generator_name": "constant", "probability": config.firing_probability}
-    try:
-        return MultiSiteModelConfig.from_dict({**settings, "seed": config.seed})
-    except ConfigError as error:
-        message = str(error).removeprefix("multi-site model: ").removeprefix("synthetic model: ")
-        raise ConfigError(message) from error
+    return new_world(config, MultiSiteModelConfig.from_dict, {})

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 from sae_core import SparseCodes
 from sae_core.config import option, require
-from sae_core.errors import ConfigError, DataError
+from sae_core.errors import DataError
 from sae_core.sae import as_device
 from torch import Tensor
 
 from sae_synthetic.features import FeatureDictionary, decode_codes
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
+from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world
 
 __all__ = ["SyntheticActivationIterator", "SyntheticBatches", "SyntheticSource", "SyntheticSourceConfig"]
 
@@ -161,41 +161,13 @@ def _hidden(features: FeatureDictionary, codes: SparseCodes, autocast: bool) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSourceConfig:
+class SyntheticSourceConfig(WorldSourceConfig):
     """Config of `SyntheticSource`: a saved model, or the settings of a new one."""
 
-    model: Path | None = option(default=None, help="folder of a saved SyntheticModel; no other setting of a model then")
-    num_features: int | None = option(default=None, help="number of true features")
     d_in: int | None = option(default=None, help="width of the activations")
-    firing_probability: float | dict[str, Any] | None = option(
-        default=None, help="one number, or generator_name: NAME and its settings; by default zipfian"
-    )
-    hierarchy: dict[str, Any] | None = option(default=None, help="settings of a generated hierarchy")
-    orthogonalization: dict[str, Any] | None = option(default=None, help="settings of the orthogonalisation")
-    correlation: dict[str, Any] | None = option(default=None, help="settings of a low-rank correlation")
-    std_firing_magnitudes: float | dict[str, Any] | None = option(
-        default=None, help="spread of a firing feature's value, a number or a rule; by default 0"
-    )
-    mean_firing_magnitudes: float | dict[str, Any] | None = option(
-        default=None, help="mean of a firing feature's value, a number or a rule; by default 1"
-    )
-    bias: float | None = option(default=None, help="norm of the bias; by default 0")
-    seed: int = option(default=0, help="decides the model, and the samples")
-    total_samples: int | None = option(default=None, help="end after this many samples; by default never")
-    device: str = option(default="cpu", help="where samples are made")
 
     def __post_init__(self) -> None:
-        world = {key: value for key, value in _model_settings(self).items() if value is not None}
-        if self.model is not None:
-            require(not world, f"model: the saved model has its own {', '.join(world)}; give one or the other")
-        else:
-            missing = [key for key in ("num_features", "d_in") if getattr(self, key) is None]
-            require(not missing, f"missing key {', '.join(missing)} (or model: the folder of a saved one)")
-            _model_config(self)
-        require(
-            self.total_samples is None or self.total_samples >= 1,
-            f"total_samples must be at least 1, not {self.total_samples}",
-        )
+        check_world(self, ("num_features", "d_in"), lambda: _model_config(self))
 
 
 @final
@@ -244,26 +216,5 @@ class SyntheticSource:
         return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved}}
 
 
-def _model_settings(config: SyntheticSourceConfig) -> dict[str, Any]:
-    """What the config says about a new model, under the names of `SyntheticModelConfig`; None where it says nothing."""
-    return {
-        "num_features": config.num_features,
-        "hidden_dim": config.d_in,
-        "firing_probability": config.firing_probability,
-        "hierarchy": config.hierarchy,
-        "orthogonalization": config.orthogonalization,
-        "correlation": config.correlation,
-        "std_firing_magnitudes": config.std_firing_magnitudes,
-        "mean_firing_magnitudes": config.mean_firing_magnitudes,
-        "bias": config.bias,
-    }
-
-
 def _model_config(config: SyntheticSourceConfig) -> SyntheticModelConfig:
-    settings = {key: value for key, value in _model_settings(config).items() if value is not None}
-    if isinstance(config.firing_probability, int | float):
-        settings["firing_probability"] = {"generator_name": "constant", "probability": config.firing_probability}
-    try:
-        return SyntheticModelConfig.from_dict({"bias": False, **settings, "seed": config.seed})
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix("synthetic model: ")) from error
+    return new_world(config, SyntheticModelConfig.from_dict, {"d_in": "hidden_dim"})
