@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sae_core import SAE, create
+from sae_core.config import value_at
 from sae_core.errors import ConfigError, FormatError
 from sae_synthetic import (
     RUNNER_CONFIG_FILENAME,
@@ -110,9 +111,13 @@ def test_an_sae_that_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr_scheduler_name": "cosineannealing"}, "lr_scheduler_name: 'cosineannealing' is no schedule"),
-        ({"lr_end": 1e-5}, "lr_end: the rate falls to 0"),
-        ({"n_restart_cycles": 2}, "n_restart_cycles"),
+        ({"lr_scheduler_name": "linear"}, "lr_scheduler_name: 'linear' is no schedule; there are constant, cosine"),
+        ({"lr_end": 1e-5}, "lr_end: a constant rate ends where it is"),
+        ({"n_restart_cycles": 2}, "n_restart_cycles: constant does not start again"),
+        (
+            {"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 0},
+            "n_restart_cycles must be at least 1",
+        ),
         ({"feature_sampling_window": 10}, "feature_sampling_window: no file of firing rates"),
         ({"sae": {"d_sae": 12}}, "sae: expected a mapping with 'architecture'"),
         ({"synthetic_model": 3}, "synthetic_model must be a SyntheticModelConfig or the name"),
@@ -121,7 +126,7 @@ def test_an_sae_that_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path) 
         ({"n_checkpoints": 1, "checkpoint_path": None}, "checkpoint_path: checkpoints are asked for"),
         ({"save_synthetic_model": True}, "save_synthetic_model: there is no output_path"),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"lr_decay_steps": 50}, "lr_decay_samples must lie in"),
+        ({"lr_decay_steps": 50}, "warm-up 0 and decay 50 leave nothing of 40 steps"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_when_the_config_is_made(settings: dict[str, Any], message: str) -> None:
@@ -153,7 +158,12 @@ def test_every_field_of_the_config_changes_the_run_or_is_refused() -> None:
     """Beside the fields that the tests above name, these reach the trainer."""
     train = _config(lr=0.1, lr_warm_up_steps=2, lr_decay_steps=3, adam_beta1=0.5, adam_beta2=0.6, dead_feature_window=7)
     found = train.to_train_config()
-    assert (found.lr, found.lr_warmup_samples, found.lr_decay_samples) == (0.1, 200, 300)
+    rates = [value_at(found.lr, step / 40) for step in (0, 1, 2, 36, 37, 38, 39)]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3])
+    cosine = _config(lr=0.1, lr_scheduler_name="cosineannealingwarmrestarts", lr_end=0.02, n_restart_cycles=4)
+    rates = [value_at(cosine.to_train_config().lr, step / 40) for step in (0, 5, 10, 15, 35)]
+    assert rates == pytest.approx([0.1, 0.06, 0.1, 0.06, 0.06])
+    assert [_config(autocast_sae=on).to_train_config().precision for on in (False, True)] == ["full", "bfloat16"]
     assert (found.adam_beta1, found.adam_beta2, found.dead_after_samples) == (0.5, 0.6, 700)
     assert _config(n_batches_for_norm_estimate=4).to_train_config().init_samples == 400
     assert _config().total_training_steps == 40

@@ -84,6 +84,9 @@ if TYPE_CHECKING:
     from sae_synthetic.initialization import (
         init_sae_to_match_feature_dict,
     )
+    from sae_synthetic.l0_path import (
+        L0Path,
+    )
     from sae_synthetic.l0_selection import (
         L0Selection,
         best_l0,
@@ -137,6 +140,11 @@ if TYPE_CHECKING:
     )
     from sae_synthetic.rates import (
         firing_probabilities_for_rates,
+    )
+    from sae_synthetic.refinement import (
+        lista_step,
+        prune_codes,
+        refined_codes,
     )
     from sae_synthetic.report import (
         Report,
@@ -213,6 +221,7 @@ __all__ = [
     "HierarchyModifier",
     "HierarchyNode",
     "L0Calculator",
+    "L0Path",
     "L0Selection",
     "LinearFiringProbabilityConfig",
     "LinearMagnitudeConfig",
@@ -278,6 +287,7 @@ __all__ = [
     "hierarchy_modifier",
     "init_sae_to_match_feature_dict",
     "linear_firing_probabilities",
+    "lista_step",
     "match_features",
     "mean_correlation_coefficient",
     "nearest_correlation_matrix",
@@ -289,8 +299,10 @@ __all__ = [
     "plot_sae_feature_similarity",
     "plot_similarity",
     "plot_training",
+    "prune_codes",
     "random_dictionary",
     "random_firing_probabilities",
+    "refined_codes",
     "register_firing_probability",
     "register_magnitude",
     "seed_consistency",
@@ -327,6 +339,7 @@ _HOMES = {
     "HierarchyModifier": "forest_modifier",
     "HierarchyNode": "forest",
     "L0Calculator": "scores",
+    "L0Path": "l0_path",
     "L0Selection": "l0_selection",
     "LinearFiringProbabilityConfig": "firing_probabilities",
     "LinearMagnitudeConfig": "firing_magnitudes",
@@ -395,6 +408,7 @@ _HOMES = {
     "hierarchy_modifier": "forest_modifier",
     "init_sae_to_match_feature_dict": "initialization",
     "linear_firing_probabilities": "firing_probabilities",
+    "lista_step": "refinement",
     "match_features": "matching",
     "mean_correlation_coefficient": "matching",
     "nearest_correlation_matrix": "correlation",
@@ -406,8 +420,10 @@ _HOMES = {
     "plot_sae_feature_similarity": "plots",
     "plot_similarity": "plots",
     "plot_training": "plots",
+    "prune_codes": "refinement",
     "random_dictionary": "matching",
     "random_firing_probabilities": "firing_probabilities",
+    "refined_codes": "refinement",
     "register_firing_probability": "firing_probabilities",
     "register_magnitude": "firing_magnitudes",
     "seed_consistency": "scores",

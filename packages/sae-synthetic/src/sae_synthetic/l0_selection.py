@@ -5,7 +5,7 @@ latents project onto activations: the n-th largest projection s_n (`decoder_proj
 again. It is least where L0 is that of the data, on real activations as well as on synthetic ones.
 
 `best_l0` compares dictionaries that are there; `find_l0` trains the ones it needs: a coarse grid first, then ever smaller
-steps around the least until its neighbours are known.
+steps around the least until its neighbours are known. `l0_path` asks one dictionary on its way down, which is less noisy.
 """
 
 # B rows
@@ -30,8 +30,8 @@ __all__ = ["L0Selection", "best_l0", "find_l0"]
 class L0Selection:
     """`k` is the chosen L0, `projections` s_n of every L0 that was looked at, in ascending order of L0."""
 
-    k: int
-    projections: dict[int, float]
+    k: float
+    projections: dict[float, float]
 
 
 def best_l0(saes: Mapping[int, SAE], activations: Tensor, places: Sequence[int]) -> L0Selection:
@@ -41,7 +41,7 @@ def best_l0(saes: Mapping[int, SAE], activations: Tensor, places: Sequence[int])
     """
     require(bool(saes), "best_l0: there is nothing to compare")
     _check_places(places, max(saes))
-    found = {k: _projection(saes[k], activations, places) for k in sorted(saes)}
+    found: dict[float, float] = {k: _projection(saes[k], activations, places) for k in sorted(saes)}
     return L0Selection(min(found, key=found.__getitem__), found)
 
 
@@ -80,7 +80,7 @@ def find_l0(
         beside = [(known[i], known[i + 1]) for i in (best - 1, best) if 0 <= i < len(known) - 1]
         wanted = [(a + b) // 2 for a, b in beside if b - a > 1]
     best_k = min(found, key=found.__getitem__)
-    return L0Selection(best_k, dict(sorted(found.items())))
+    return L0Selection(best_k, {k: found[k] for k in sorted(found)})
 
 
 def _projection(sae: SAE, activations: Tensor, places: Sequence[int]) -> float:

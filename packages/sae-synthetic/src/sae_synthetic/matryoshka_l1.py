@@ -7,8 +7,9 @@
 n are decoder norms. With `inner_weight` 0 this is the standard SAE, and children absorb their parents. With `detach_inner`,
 the limit of a large weight, inner latents learn from their own level alone, and parents hedge: they take in a part of
 their children. In between the two cancel. With `random_widths` the inner widths are drawn anew for every batch, so that every
-latent is the end of some dictionary and their order is learnt whole (Nabeshima 2024). Saved, it is a standard SAE, for nesting
-is a matter of training only.
+latent is the end of some dictionary and their order is learnt whole (Nabeshima 2024). With `sort_latents` the dictionaries nest
+by what latents contribute to a batch, largest first, and not by their numbers: a latent that has found a parent then counts
+as one, wherever it began. Saved, it is a standard SAE, for nesting is a matter of training only.
 """
 
 # R rows, D d_in, F d_sae
@@ -32,8 +33,6 @@ from sae_synthetic._random import derived_seed, generator_for
 
 __all__ = ["MatryoshkaL1Config", "MatryoshkaL1SAE", "drawn_widths"]
 
-_TAIL = 0.5
-
 
 @dataclass(frozen=True, kw_only=True)
 class MatryoshkaL1Config(LinearConfig):
@@ -45,6 +44,9 @@ class MatryoshkaL1Config(LinearConfig):
     )
     random_widths: int = training_option(
         default=0, help="inner widths drawn anew for every batch, small ones more often; none is fixed then"
+    )
+    sort_latents: bool = training_option(
+        default=False, help="nest by mean squared contribution to the batch, largest first, instead of by number"
     )
     inner_weight: float = training_option(default=1.0, help="weight of the losses of the inner widths")
     detach_inner: bool = training_option(
@@ -66,6 +68,10 @@ class MatryoshkaL1Config(LinearConfig):
         require(
             not (self.random_widths and widths),
             "random_widths: matryoshka_widths are fixed ones; give one or the other",
+        )
+        require(
+            not self.sort_latents or bool(self.random_widths or widths),
+            "sort_latents: there is no inner width, so nothing nests; give random_widths or matryoshka_widths",
         )
         require(self.inner_weight >= 0, f"inner_weight must not be negative, found {self.inner_weight}")
 
@@ -90,8 +96,11 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
         """The loss of the whole dictionary and, weighted, of every inner width."""
         config = self.config
         codes = self.encode_rows(prepared)
-        f_RF = codes.to_dense()
+        f_RF, W_dec = codes.to_dense(), self.W_dec
         weighted_RF = f_RF * self.decoder_norms()
+        if config.sort_latents:
+            order_F = weighted_RF.detach().square().sum(dim=0).argsort(descending=True, stable=True)
+            f_RF, weighted_RF, W_dec = f_RF[:, order_F], weighted_RF[:, order_F], W_dec[order_F]
         coefficient = value_at(config.l1_coefficient, context.progress)
         widths = config.matryoshka_widths
         if config.random_widths:
@@ -102,7 +111,7 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
         for start, stop in pairwise(bounds):
             if config.detach_inner and start:
                 y_RD, penalty = y_RD.detach(), penalty.detach()
-            y_RD = y_RD + f_RF[:, start:stop] @ self.W_dec[start:stop]
+            y_RD = y_RD + f_RF[:, start:stop] @ W_dec[start:stop]
             penalty = penalty + weighted_RF[:, start:stop].sum(dim=1).mean()
             error = (self.to_loss_space(y_RD, prepared) - target).square().sum(dim=1).mean()
             if stop == config.d_sae:
@@ -120,14 +129,15 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
 
 
 def drawn_widths(number: int, d_sae: int, progress: float) -> tuple[int, ...]:
-    """At most `number` different widths in [1, d_sae), increasing, of density w^-1.5 (Nabeshima 2024).
+    """`number` different widths in [1, d_sae), increasing; width w is drawn with weight sqrt(w) - sqrt(w - 1).
 
-    They follow from `progress`, the fraction of training done, so a run that is resumed draws what it would have drawn.
+    Those are the weights of the code that goes with Nabeshima 2024. The draw follows from `progress`, the fraction of training
+    done, so a run that is resumed draws what it would have drawn.
 
     >>> drawn_widths(4, 64, 0.25) == drawn_widths(4, 64, 0.25) != drawn_widths(4, 64, 0.26)
     True
     """
     source = generator_for(derived_seed(int(progress * 2**53), "nested widths"))
-    chance = torch.rand(number, generator=source, dtype=torch.float64)
-    widths = (1 - chance * (1 - d_sae**-_TAIL)) ** (-1 / _TAIL)
-    return tuple(sorted({min(int(width), d_sae - 1) for width in widths.tolist()}))
+    roots = torch.arange(d_sae, dtype=torch.float64).sqrt()
+    drawn = torch.multinomial(roots.diff(), number, generator=source) + 1
+    return tuple(sorted(drawn.tolist()))

@@ -19,6 +19,7 @@ from sae_core.errors import ConfigError, FormatError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.plugins import get_registry
 from sae_core.protocols import Logger, RunFacts
+from sae_core.training.schedules import sae_lens_learning_rate
 from sae_core.training.trainer import Progress, Record
 
 from sae_synthetic.evaluation import SyntheticDataEvalResult, eval_sae_on_synthetic_data
@@ -37,6 +38,7 @@ __all__ = [
 RUNNER_CONFIG_FILENAME = "runner_config.json"
 _EVAL_FILENAME = "eval_stats.json"
 _MODEL_FOLDER = "synthetic_model"
+_SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 
 @final
@@ -62,11 +64,13 @@ class SyntheticSAERunnerConfig:
     lr: float = option(default=3e-4, help="peak learning rate")
     lr_warm_up_steps: int = option(default=0, help="steps over which the learning rate rises from 0")
     lr_decay_steps: int = option(default=0, help="steps at the end over which it falls to 0")
-    lr_scheduler_name: str = option(default="constant", help="constant, between warm-up and decay")
-    lr_end: float | None = option(default=None, help="no other than the default: decay ends at 0")
+    lr_scheduler_name: str = option(
+        default="constant", help="between warm-up and decay: constant, cosineannealing, or cosineannealingwarmrestarts"
+    )
+    lr_end: float | None = option(default=None, help="where a cosine ends; null is a tenth of lr")
     adam_beta1: float = option(default=0.9, help="Adam's decay of the gradient mean")
     adam_beta2: float = option(default=0.999, help="Adam's decay of the squared-gradient mean")
-    n_restart_cycles: int = option(default=1, help="no other than 1: there is no schedule with restarts")
+    n_restart_cycles: int = option(default=1, help="cosines of cosineannealingwarmrestarts; 1 for the others")
     device: str = option(default="cpu", help="where samples are made and the SAE trains")
     autocast_sae: bool = option(default=False, help="train in mixed precision, dense products in bfloat16")
     autocast_data: bool = option(default=False, help="sum features in bfloat16")
@@ -99,18 +103,24 @@ class SyntheticSAERunnerConfig:
             "{'architecture': 'topk', 'd_sae': 512, 'k': 8}",
         )
         require(
-            self.lr_scheduler_name == "constant",
-            f"lr_scheduler_name: {self.lr_scheduler_name!r} is no schedule of this trainer; the rate rises over "
-            "lr_warm_up_steps, is constant, and falls to 0 over lr_decay_steps",
+            self.lr_scheduler_name in _SCHEDULES,
+            f"lr_scheduler_name: {self.lr_scheduler_name!r} is no schedule; there are {', '.join(_SCHEDULES)}",
         )
-        require(self.lr_end is None, "lr_end: the rate falls to 0 over lr_decay_steps, or stays what it is")
-        require(self.n_restart_cycles == 1, "n_restart_cycles: no schedule here starts again")
+        require(
+            self.lr_end is None or self.lr_scheduler_name != "constant",
+            "lr_end: a constant rate ends where it is; choose another lr_scheduler_name",
+        )
+        require(
+            self.n_restart_cycles == 1 or self.lr_scheduler_name == "cosineannealingwarmrestarts",
+            f"n_restart_cycles: {self.lr_scheduler_name} does not start again",
+        )
         for name in (
             "training_samples",
             "batch_size",
             "eval_samples",
             "dead_feature_window",
             "n_batches_for_norm_estimate",
+            "n_restart_cycles",
         ):
             value = getattr(self, name)
             require(value >= 1, f"{name} must be at least 1, not {value}")
@@ -140,12 +150,19 @@ class SyntheticSAERunnerConfig:
     def to_train_config(self) -> TrainConfig:
         """The trainer's settings."""
         size = self.batch_size
+        rate = sae_lens_learning_rate(
+            cast("Any", self.lr_scheduler_name),
+            self.lr,
+            steps=-(-self.training_samples // size),
+            warm_up_steps=self.lr_warm_up_steps,
+            decay_steps=self.lr_decay_steps,
+            lr_end=self.lr_end,
+            num_cycles=self.n_restart_cycles,
+        )
         return TrainConfig(
             total_samples=self.training_samples,
             batch_size=size,
-            lr=self.lr,
-            lr_warmup_samples=self.lr_warm_up_steps * size,
-            lr_decay_samples=self.lr_decay_steps * size,
+            lr=rate,
             adam_beta1=self.adam_beta1,
             adam_beta2=self.adam_beta2,
             dead_after_samples=self.dead_feature_window * size,

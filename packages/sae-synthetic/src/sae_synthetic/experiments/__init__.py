@@ -65,6 +65,14 @@ PRESETS = {
             target=f"{_HERE}.sparse_but_wrong:run",
         ),
         Preset(
+            name="l0-selection",
+            summary="The right L0 without the truth, from one SAE whose L0 falls",
+            paper="arXiv 2508.16560",
+            duration="3 minutes",
+            seeds=1,
+            target=f"{_HERE}.l0_selection:run",
+        ),
+        Preset(
             name="hedging",
             summary="An SAE without room for a child mixes it into its parent",
             paper="arXiv 2505.11756",
