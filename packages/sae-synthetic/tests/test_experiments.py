@@ -83,6 +83,7 @@ def test_all_presets_are_known_by_name_and_others_are_answered() -> None:
     assert list(PRESETS) == [
         "consistency",
         "sparse-but-wrong",
+        "l0-selection",
         "hedging",
         "absorption",
         "tree",

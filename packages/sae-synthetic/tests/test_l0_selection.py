@@ -95,7 +95,6 @@ def test_the_true_l0_is_found_by_an_sae_whose_l0_falls() -> None:
     )
     Trainer(sae, SyntheticActivationIterator(features, generator, 256), plan, callbacks=[path]).fit()
     found = path.best()
-    print(true_l0, found)
     assert abs(found.k - true_l0) <= 1
     assert len(found.projections) == 43
     assert found.projections[min(found.projections)] > 3 * found.projections[found.k]

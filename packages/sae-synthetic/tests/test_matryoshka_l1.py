@@ -63,21 +63,45 @@ def test_random_widths_are_drawn_anew_for_every_batch_and_again_the_same_when_re
     assert len(seen) > 20
 
 
-def test_small_widths_are_drawn_more_often_than_large_ones() -> None:
+def test_small_widths_are_drawn_more_often_than_large_ones_and_none_twice() -> None:
     counts = torch.zeros(65)
     for step in range(4000):
         for width in drawn_widths(1, 64, step / 4000):
             counts[width] += 1
     assert counts[0] == counts[64] == 0
-    # P(width <= w) = (1 - (w + 1)^-1/2) / (1 - 64^-1/2)
-    for width in (1, 3, 15):
-        wanted = (1 - (width + 1) ** -0.5) / (1 - 1 / 8)
-        assert float(counts[: width + 1].sum()) / 4000 == pytest.approx(wanted, abs=0.03)
+    for width in (1, 7, 28):  # P(width <= w) = sqrt(w) / sqrt(63)
+        assert float(counts[: width + 1].sum()) / 4000 == pytest.approx((width / 63) ** 0.5, abs=0.03)
+    assert drawn_widths(7, 8, 0.5) == (1, 2, 3, 4, 5, 6, 7)
+
+
+def test_sorted_latents_nest_by_what_they_contribute_to_the_batch() -> None:
+    settings: dict[str, object] = {"d_in": 6, "d_sae": 8, "matryoshka_widths": (2, 5), "l1_coefficient": 0.3}
+    sae = create("matryoshka_l1", sort_latents=True, **settings)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sae.W_dec *= torch.tensor([0.1, 0.5, 2.0, 0.2, 1.0, 3.0, 0.3, 1.5])[:, None]
+        f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sae.W_dec.norm(dim=1)
+        order = sorted(range(8), key=lambda i: -float(f[:, i].square().mean()))
+        assert order != list(range(8))
+        sorted_sae = create("matryoshka_l1", **settings)
+        sorted_sae.W_dec.copy_(sae.W_dec[order])
+        sorted_sae.encoder.copy_(sae.encoder[order])
+    found = sae.training_step(x)
+    torch.testing.assert_close(found.loss, _by_hand(sorted_sae, x, [2, 5, 8], 1.0, 0.3))
+    found.loss.backward()
+    assert bool((sae.W_dec.grad.abs().sum(dim=1) > 0).all())
+    torch.testing.assert_close(found.codes.to_dense(), sae.encode(x))  # latents keep their places
 
 
 @pytest.mark.parametrize(
-    "settings", [{"random_widths": -1}, {"random_widths": 8}, {"random_widths": 2, "matryoshka_widths": (3,)}]
+    "settings",
+    [
+        {"random_widths": -1},
+        {"random_widths": 8},
+        {"random_widths": 2, "matryoshka_widths": (3,)},
+        {"sort_latents": True},
+    ],
 )
-def test_random_widths_without_meaning_are_refused(settings: dict[str, object]) -> None:
+def test_random_widths_and_an_order_without_meaning_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="random_widths"):
         create("matryoshka_l1", d_in=6, d_sae=8, **settings)

@@ -22,6 +22,7 @@ from sae_synthetic import (
     MultiSiteModelConfig,
     MultiSiteSource,
     MultiSiteSourceConfig,
+    OrthogonalizationConfig,
     cosine_similarities,
     eval_sae_on_multi_site_model,
     hierarchy_modifier,
@@ -269,6 +270,80 @@ def test_a_transcoder_is_matched_with_the_features_that_are_written() -> None:
     assert list(found.sites) == ["out"]
     assert found.share_error is None
     assert found.whole.classification.recall == pytest.approx(1, abs=0.02)
+
+
+def _late_world(early: int, late: int, width: int) -> MultiSiteModel:
+    """Two layers, read and written; the last `late` features are not yet there at the first layer."""
+    config = _config(
+        num_features=early + late,
+        sites={"in0": width, "in1": width},
+        targets={"out0": width, "out1": width},
+        firing_probability=ConstantFiringProbabilityConfig(0.1),
+        orthogonalization=OrthogonalizationConfig(num_steps=50),
+    )
+    drawn = MultiSiteModel(config)
+    with torch.no_grad():
+        for site in ("in0", "out0"):
+            drawn.dictionaries[site].feature_vectors[early:] = 0
+    return MultiSiteModel(config, drawn.dictionaries, drawn.activation_generator)
+
+
+def _cross_layer_transcoder(width: int, **settings: Any) -> SAE:
+    sites = {"d_in": 2 * width, "reads": {"in0": width, "in1": width}, "writes": {"out0": width, "out1": width}}
+    return create("cross_layer_transcoder", **sites, **settings)
+
+
+def test_a_cross_layer_transcoder_is_judged_by_all_that_its_latents_write() -> None:
+    world, sae = _late_world(8, 8, 24), _cross_layer_transcoder(24, d_sae=16)
+    assert world.writes is not None
+    read, written = world.reads.feature_vectors.detach(), world.writes.feature_vectors.detach()
+    parameters = dict(sae.named_parameters())
+    with torch.no_grad():  # the early features are read at the first layer and written at both, the late at the second
+        parameters["encoder.0"].copy_(read[:8, :24])
+        parameters["encoder.1"].copy_(read[8:, 24:])
+        parameters["W_dec.0"].copy_(written[:8])
+        parameters["W_dec.1"].copy_(written[8:, 24:])
+        for layer in (0, 1):
+            parameters[f"threshold.{layer}"].fill_(0.5)
+    found = eval_sae_on_multi_site_model(sae, world, 1000)
+    assert found.whole.mcc == pytest.approx(1)
+    assert found.share_error == pytest.approx(0, abs=1e-5)
+    assert found.whole.baseline is not None
+    assert found.whole.baseline.mcc < 0.7
+    first, second = found.sites["out0"], found.sites["out1"]
+    assert (first.exclusive_features, first.exclusive_latents) == (0, 0)
+    assert (second.exclusive_features, second.exclusive_found, second.exclusive_right) == (8, 1.0, 1.0)
+    with torch.no_grad():  # one early feature is found at the second layer instead, too late to write it at the first
+        parameters["W_dec.1"][0].copy_(written[0, 24:])
+        parameters["W_dec.0"][0].zero_()
+    late = eval_sae_on_multi_site_model(sae, world, 1000, baseline=False)
+    assert late.whole.mcc < 0.99
+    assert late.sites["out1"].exclusive_right == pytest.approx(7 / 8)
+    assert late.share_error is not None
+    assert late.share_error > 0.02
+
+
+def test_a_trained_cross_layer_transcoder_finds_where_features_begin() -> None:
+    world = _late_world(8, 4, 16)
+    assert world.writes is not None
+    generator, reads, writes = world.activation_generator.fork(1), world.reads, world.writes
+    draws = (generator.sample_codes(512) for _ in iter(int, 1))
+    batches = (ActivationBatch(reads(codes).detach(), writes(codes).detach()) for codes in draws)
+    sae = _cross_layer_transcoder(16, d_sae=24, activation="batchtopk", k=1.2, seed=0)
+    config = TrainConfig(
+        total_samples=60_000,
+        batch_size=256,
+        lr=1e-2,
+        lr_decay_samples=30_000,
+        dead_after_samples=10_000,
+        progress_bar=False,
+    )
+    Trainer(sae, batches, config).fit()
+    found = eval_sae_on_multi_site_model(sae, world, 2000)
+    assert found.whole.baseline is not None
+    assert found.whole.mcc > 0.9 > found.whole.baseline.mcc
+    assert found.sites["out1"].exclusive_found is not None
+    assert found.sites["out1"].exclusive_found == 1
 
 
 def test_an_sae_of_one_site_says_which() -> None:

@@ -142,9 +142,7 @@ if TYPE_CHECKING:
         firing_probabilities_for_rates,
     )
     from sae_synthetic.refinement import (
-        lista_step,
         prune_codes,
-        refined_codes,
     )
     from sae_synthetic.report import (
         Report,
@@ -287,7 +285,6 @@ __all__ = [
     "hierarchy_modifier",
     "init_sae_to_match_feature_dict",
     "linear_firing_probabilities",
-    "lista_step",
     "match_features",
     "mean_correlation_coefficient",
     "nearest_correlation_matrix",
@@ -302,7 +299,6 @@ __all__ = [
     "prune_codes",
     "random_dictionary",
     "random_firing_probabilities",
-    "refined_codes",
     "register_firing_probability",
     "register_magnitude",
     "seed_consistency",
@@ -408,7 +404,6 @@ _HOMES = {
     "hierarchy_modifier": "forest_modifier",
     "init_sae_to_match_feature_dict": "initialization",
     "linear_firing_probabilities": "firing_probabilities",
-    "lista_step": "refinement",
     "match_features": "matching",
     "mean_correlation_coefficient": "matching",
     "nearest_correlation_matrix": "correlation",
@@ -423,7 +418,6 @@ _HOMES = {
     "prune_codes": "refinement",
     "random_dictionary": "matching",
     "random_firing_probabilities": "firing_probabilities",
-    "refined_codes": "refinement",
     "register_firing_probability": "firing_probabilities",
     "register_magnitude": "firing_magnitudes",
     "seed_consistency": "scores",

@@ -39,7 +39,7 @@ class L0Path:
     >>> batches = (x for _ in range(20))
     >>> _ = Trainer(sae, batches, TrainConfig(total_samples=1280, batch_size=64, progress_bar=False), callbacks=[path]).fit()
     >>> [round(l0, 1) for l0 in path.projections]
-    [3.8, 3.2, 2.8, 2.2]
+    [4.0, 3.2, 3.0, 2.0]
     """
 
     def __init__(self, activations: Tensor, places: Sequence[int], every_steps: int) -> None:

@@ -1,16 +1,15 @@
-"""Better codes from the same dictionary: refine what an SAE's encoder found, at inference, for any SAE that is loaded.
+"""Fewer false alarms from the same dictionary: leave-one-out pruning of codes, at inference, for any SAE that is loaded.
 
-An encoder is one matrix product, so a latent whose direction is not orthogonal to that of an active one sees a part of it, and
-may fire for it or stay silent because of it: the amortisation gap (arXiv 2411.13117). Two steps narrow it without training.
+An encoder is one matrix product and a threshold, so latents fire that explain next to nothing of a row: their directions are
+not orthogonal to those of latents that are there, or the sparsity asked for so many. What each is good for can be asked of the
+row itself. With the residual r = z - y(f) and the directions d_j, the error without latent j would be |r + f_j d_j|^2, that is
 
-`lista_step` looks at what the codes leave unexplained: with the residual r = z - y(f) of a row, and d_j the directions,
+    g_j = 2 f_j (r . d_j) + f_j^2 |d_j|^2
 
-    f'_j = f_j + step * (r . d_j) / |d_j|^2,      then the K largest |d_j| f'_j of the row are kept, K as many as before
+more than it is. The latent of the least g_j is dropped if that is small or negative, the residual takes in its part, and so on:
+one at a time, for two latents that resemble each other may both seem useless while both are there.
 
-one step of iterative hard thresholding, the untrained form of LISTA (Gregor and LeCun 2010). `prune_codes` then asks of every
-active latent what the error would be without it, |r + f_j d_j|^2, and drops those that hardly matter (leave-one-out).
-
-Both work in the space the decoder writes to, and on dictionaries that reconstruct their input: of a transcoder's target
+This works in the space the decoder writes to, and on dictionaries that reconstruct their input: of a transcoder's target
 nothing is known at inference.
 """
 
@@ -22,101 +21,67 @@ import torch
 from sae_core import SAE, SparseCodes
 from sae_core.config import require
 from sae_core.errors import ConfigError, ShapeError
-from sae_core.sae import Prepared
 from torch import Tensor
 
-__all__ = ["lista_step", "prune_codes", "refined_codes"]
+__all__ = ["prune_codes"]
 
 _ENTRIES_AT_ONCE = 1 << 14
 
 
 @torch.no_grad()
-def refined_codes(
-    sae: SAE, x: Tensor, *, steps: int = 1, step: float = 0.3, least: float = 0.1, codes: SparseCodes | None = None
-) -> SparseCodes:
-    """Codes (..., d_sae) of `x` (..., d_in) after `steps` LISTA steps and, where `least` is positive, leave-one-out pruning.
+def prune_codes(sae: SAE, x: Tensor, codes: SparseCodes | None = None, *, least: float = 0.1) -> SparseCodes:
+    """Codes (..., d_sae) of `x` (..., d_in) without the entries that explain little; values that stay are not changed.
 
-    `codes` replaces what the encoder finds. Raises ConfigError for settings without meaning, and for transcoders.
+    Entries of a row go, the least useful first, until every g_j is at least `least` times the mean of |f_i d_i|^2 over the
+    entries that were active. `codes` None are what the encoder finds. Raises ConfigError unless `least` is in (0, 1], and for
+    transcoders; ShapeError for codes of other rows or latents.
 
     >>> from sae_core import create
-    >>> sae = create("topk", d_in=2, d_sae=3, k=1, apply_b_dec_to_input=False)
-    >>> _ = sae.W_dec.data.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]))
-    >>> _ = sae.encoder.data.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.5]]))  # the last is seen too well
-    >>> x = torch.tensor([[0.6, 0.8]])
-    >>> sae.encode_sparse(x).indices.tolist(), refined_codes(sae, x, step=0.5).indices.tolist()
-    ([2], [1])
-    """
-    require(steps >= 0, f"refined_codes: steps must not be negative, found {steps}")
-    found = sae.encode_sparse(x) if codes is None else codes
-    for _ in range(steps):
-        found = lista_step(sae, x, found, step=step)
-    return prune_codes(sae, x, found, least=least) if least else found
-
-
-@torch.no_grad()
-def lista_step(sae: SAE, x: Tensor, codes: SparseCodes, *, step: float = 0.3) -> SparseCodes:
-    """`codes` after one step against the residual: each row keeps as many entries as it had active ones.
-
-    Latents do not become negative unless some of `codes` are. Raises ConfigError unless `step` is in (0, 1].
-    """
-    require(0 < step <= 1, f"lista_step: step must be in (0, 1], not {step}")
-    prepared, flat = _checked(sae, x, codes)
-    directions_FO = sae.directions()
-    norms_F = directions_FO.norm(dim=1).clamp_min(torch.finfo(sae.dtype).tiny)
-    f_RF = flat.to_dense()
-    signed = bool((flat.values < 0).any())
-    along_RF = _residual(sae, prepared, flat) @ directions_FO.T
-    f_RF = f_RF + step * along_RF / norms_F.square()
-    rank_RF = (f_RF.abs() if signed else f_RF.clamp_min(0)) * norms_F
-    k_R = flat.l0()
-    most = int(k_R.max()) if flat.rows else 0
-    top = rank_RF.topk(most, dim=1)
-    kept = (torch.arange(most, device=k_R.device) < k_R[:, None]) & (top.values > 0)
-    dense_RF = torch.zeros_like(f_RF)
-    chosen = top.indices[kept]
-    rows = torch.arange(flat.rows, device=k_R.device)[:, None].expand_as(kept)[kept]
-    dense_RF[rows, chosen] = f_RF[rows, chosen]
-    return SparseCodes.from_dense(dense_RF).reshape(*codes.leading_shape)
-
-
-@torch.no_grad()
-def prune_codes(sae: SAE, x: Tensor, codes: SparseCodes, *, least: float = 0.1) -> SparseCodes:
-    """`codes` without the entries whose absence raises the row's squared error by less than `least` of its mean entry's size.
-
-    An entry stays where |r + f_j d_j|^2 - |r|^2 >= least * m, with m the row's mean of |f_i d_i|^2. All entries of a row are
-    judged with all others present. Raises ConfigError unless `least` is in (0, 1].
+    >>> sae = create("topk", d_in=2, d_sae=3, k=2, apply_b_dec_to_input=False)
+    >>> _ = sae.W_dec.data.copy_(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]))
+    >>> _ = sae.encoder.data.copy_(sae.W_dec.data)
+    >>> x = torch.tensor([[1.0, 0.0]])  # the first latent alone; the second fires because it resembles it
+    >>> sae.encode_sparse(x).indices.tolist(), prune_codes(sae, x).indices.tolist()
+    ([0, 1], [0])
     """
     require(0 < least <= 1, f"prune_codes: least must be in (0, 1], not {least}")
-    prepared, flat = _checked(sae, x, codes)
-    residual_RO = _residual(sae, prepared, flat)
-    rows_E, active_E = flat.row_ids(), flat.values != 0
-    along_E = torch.cat(
-        [
-            (residual_RO[rows] * sae.directions(latents)).sum(dim=1)
-            for rows, latents in zip(rows_E.split(_ENTRIES_AT_ONCE), flat.indices.split(_ENTRIES_AT_ONCE), strict=True)
-        ]
-    )
-    power_E = (flat.values * sae.direction_norms()[flat.indices]).square()
-    gain_E = 2 * flat.values * along_E + power_E
-    mean_R = torch.zeros(flat.rows, dtype=power_E.dtype, device=power_E.device).index_add(0, rows_E, power_E)
-    mean_R = mean_R / flat.l0().clamp_min(1)
-    kept = active_E & (gain_E >= least * mean_R[rows_E])
-    offsets = torch.zeros(flat.rows + 1, dtype=torch.long, device=flat.device)
-    offsets[1:] = torch.bincount(rows_E[kept], minlength=flat.rows).cumsum(0)
-    return SparseCodes(flat.values[kept], flat.indices[kept], codes.leading_shape, codes.d_sae, offsets=offsets)
-
-
-def _checked(sae: SAE, x: Tensor, codes: SparseCodes) -> tuple[Prepared, SparseCodes]:
     if not sae.reconstructs_input:
         raise ConfigError(
-            "refinement: a transcoder's target is not known at inference, so nothing tells what is left of it"
+            "prune_codes: a transcoder's target is not known at inference, so nothing tells what a latent explains"
         )
     prepared = sae.prepare(x)
-    if codes.rows != len(prepared.z) or codes.d_sae != sae.d_sae:
-        raise ShapeError(f"refinement: codes {codes.shape} do not fit ({len(prepared.z)} rows, {sae.d_sae} latents)")
-    return prepared, codes.reshape(codes.rows)
+    found = sae.encode_sparse(x) if codes is None else codes
+    if found.leading_shape != prepared.leading_shape or found.d_sae != sae.d_sae:
+        raise ShapeError(
+            f"prune_codes: codes {found.shape} are not ({', '.join(map(str, prepared.leading_shape))}, {sae.d_sae})"
+        )
+    flat = found.reshape(found.rows)
+    residual_RO = prepared.z - sae.decode_rows(flat, prepared)
+    rows_E, kept_E = flat.row_ids(), flat.values != 0
+    power_E = (flat.values * sae.direction_norms()[flat.indices]).square()
+    wanted_R = least * power_E.new_zeros(flat.rows).index_add(0, rows_E, power_E) / flat.l0().clamp_min(1)
+    open_R = torch.ones(flat.rows, dtype=torch.bool, device=flat.device)
+    while True:
+        entries = (kept_E & open_R[rows_E]).nonzero().squeeze(1)
+        rows = rows_E[entries]
+        gain = 2 * flat.values[entries] * _along(sae, residual_RO, rows, flat.indices[entries]) + power_E[entries]
+        least_R = wanted_R.scatter_reduce(0, rows, gain, "amin")  # at most what is wanted
+        going = (gain < wanted_R[rows]) & (gain == least_R[rows])
+        entries, rows = entries[going], rows[going]
+        open_R = torch.zeros_like(open_R).index_fill(0, rows, True)
+        if not len(rows):
+            break
+        first_R = torch.full_like(wanted_R, len(rows_E), dtype=torch.long).scatter_reduce(0, rows, entries, "amin")
+        entries = entries[entries == first_R[rows]]  # of equals one only
+        kept_E[entries] = False
+        for part in entries.split(_ENTRIES_AT_ONCE):
+            residual_RO.index_add_(0, rows_E[part], flat.values[part, None] * sae.directions(flat.indices[part]))
+    offsets = torch.zeros(flat.rows + 1, dtype=torch.long, device=flat.device)
+    offsets[1:] = torch.bincount(rows_E[kept_E], minlength=flat.rows).cumsum(0)
+    return SparseCodes(flat.values[kept_E], flat.indices[kept_E], found.leading_shape, found.d_sae, offsets=offsets)
 
 
-def _residual(sae: SAE, prepared: Prepared, codes: SparseCodes) -> Tensor:
-    """(R, O) what the codes leave of the normalised rows."""
-    return prepared.z - sae.decode_rows(codes, prepared)
+def _along(sae: SAE, residual_RO: Tensor, rows_E: Tensor, latents_E: Tensor) -> Tensor:
+    """(E,) products of the rows' residuals with the latents' directions."""
+    parts = zip(rows_E.split(_ENTRIES_AT_ONCE), latents_E.split(_ENTRIES_AT_ONCE), strict=True)
+    return torch.cat([(residual_RO[rows] * sae.directions(latents)).sum(dim=1) for rows, latents in parts])
