@@ -57,6 +57,7 @@ class Example:
         ({"width": 1, "all_or_some": "ab"}, "expected a list at all_or_some, found str 'ab'"),
         ({"width": 1, "rates": ["ab"]}, "expected a mapping at rates, found list ['ab']"),
         ({"width": 1, "rates": {"a": "b"}}, "expected float, found str 'b' at rates['a']"),
+        ({"width": 1, "path": ""}, "expected Path | None, found str '' at path"),
         ({"width": 0}, "width must be positive, not 0"),
     ],
 )

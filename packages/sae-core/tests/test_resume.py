@@ -68,14 +68,19 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_goes_on_with_the_same_bits_wherever_it_stopped(architecture: str, tmp_path: Path) -> None:
-    whole = Trainer(dictionary(architecture), data(), config())
+    sequences = dictionary(architecture).reads_sequences
+
+    def batches() -> list[torch.Tensor]:
+        return [rows.unflatten(0, (-1, 5)) if sequences else rows for rows in data()]
+
+    whole = Trainer(dictionary(architecture), batches(), config())
     whole.fit()
     assert any(record["dead_fraction"] is not None for record in whole.history)
     for step in (1, 13, 14, STEPS):
-        first = Trainer(dictionary(architecture), data(), config(), [until(step)])
+        first = Trainer(dictionary(architecture), batches(), config(), [until(step)])
         first.fit()
         assert (first.steps, first.stopped) == (step, True)
-        resumed = Trainer.resume(first.save(tmp_path / str(step)), data())
+        resumed = Trainer.resume(first.save(tmp_path / str(step)), batches())
         if step < STEPS:
             result = resumed.fit()
             assert result.history == whole.history

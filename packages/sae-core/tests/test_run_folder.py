@@ -345,7 +345,10 @@ def test_an_output_that_cannot_be_written_is_one_error_before_anything_is_loaded
     (tmp_path / "file").write_text("")
     sets = ["--set", f"output={tmp_path / 'file' / 'out'}", "--set", "source.paths=[missing]"]
     assert main(["train", str(run_file), *sets]) == 1
-    assert "cannot be the output of a run: Not a directory" in capsys.readouterr().err
+    assert (
+        "cannot be the output of a run: cannot be written: a part of the path is a file, not a folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_refused_run_leaves_no_folder_behind(run_file: Path, tmp_path: Path) -> None:

@@ -230,6 +230,31 @@ def test_somebodys_file_is_overwritten_only_when_the_caller_says_so(
     assert torch.allclose(latents(SAE.load(tmp_path)), latents(topk(1).eval()))
 
 
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors", "training_form.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    old = {}
+    if name == "training_form.safetensors":
+        topk(1).save(tmp_path)
+        old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / name).mkdir()
+    with pytest.raises(FormatError, match=f"not saved: {name} is a folder there"):
+        create("batchtopk", d_in=6, d_sae=12, k=2).save(tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == old
+
+
+def test_somebodys_training_form_is_not_overwritten_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "training_form.safetensors"
+    file.write_bytes(b"mine")
+    with pytest.raises(FormatError, match=r"holds a training_form\.safetensors of another kind"):
+        trained("batchtopk", k=2).save(tmp_path)
+    assert file.read_bytes() == b"mine"
+    trained("batchtopk", k=2).save(tmp_path, overwrite=True)
+    for damaged in (b"", file.read_bytes()[:20]):
+        file.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"training_form\.safetensors: damaged, or not a training form"):
+            SAE.load(tmp_path, form="training")
+
+
 def test_metadata_of_any_plain_kind_are_written_and_others_named(tmp_path: Path) -> None:
     sae = topk(1)
     sae.metadata = {

@@ -366,6 +366,20 @@ def test_sequences_count_by_their_positions() -> None:
     assert result.history[-1]["samples"] == 2504
 
 
+def test_rows_are_not_taken_for_a_sequence() -> None:
+    sae = create("temporal", d_in=D_IN, d_sae=24, kval_topk=3, n_heads=2, bottleneck_factor=2)
+    with pytest.raises(
+        DataError, match=r"temporal reads whole sequences, \(sequences, positions, d_in\); rows in random order"
+    ):
+        Trainer(sae, batches(2), config(total_samples=256)).fit()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_data_that_never_change_are_no_divergence(value: float) -> None:
+    result = Trainer(small(), [torch.full((256, D_IN), value)] * 4, config(total_samples=1024)).fit()
+    assert result.history[-1]["loss"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_records_have_the_same_keys_from_the_first_one_on() -> None:
     sae = small()
     with torch.no_grad():

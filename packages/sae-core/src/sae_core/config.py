@@ -270,7 +270,7 @@ def _strict(kind: type, accepts: type | tuple[type, ...]) -> typing.Callable[[An
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | Path) or value == "":
         raise TypeError(f"expected a path, found {type(value).__name__} {value!r}")
     return Path(value)
 

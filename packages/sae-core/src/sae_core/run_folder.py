@@ -20,6 +20,7 @@ from typing import Final, final
 from sae_core.durable import sync_folder
 from sae_core.errors import FormatError
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
+from sae_core.format.trouble import explained
 
 __all__ = [
     "CHECKPOINTS",
@@ -142,12 +143,12 @@ def locked(root: Path) -> Generator[RunFolder]:
 
     Raises FormatError when it cannot be written to, or when another run has it; the message names host and process.
     """
-    existed = root.exists()
     try:
+        existed = root.exists()
         root.mkdir(parents=True, exist_ok=True)
         handle = _lock(root / _LOCK)
-    except OSError as error:
-        raise FormatError(f"{root}: cannot be the output of a run: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{root}: cannot be the output of a run: {explained(error, 'writing')}") from None
     try:
         yield RunFolder(root)
     finally:

@@ -78,6 +78,10 @@ def load_training_form(
 
     file = path / TRAINING_FILE
     said = said_in_header(file) if file.is_file() else None
+    if said is None and file.is_file():
+        raise FormatError(
+            f"{file}: damaged, or not a training form that sae.save wrote; copy it from its origin again, or remove it"
+        )
     if said is None:
         claimed = None if architecture is None else {"architecture": architecture}
         sae = load_sae(path, device=device, dtype=dtype, format="sae_lens", overrides=claimed)

@@ -70,9 +70,10 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
             if _write_new(path, cfg, tensors, training):
                 return path
         with locked(path):
+            _refuse_folders(path, training is not None)
             settle(path)
             if not overwrite:
-                _refuse_strangers(path)
+                _refuse_strangers(path, training is not None)
             _write_into(path, cfg, tensors, training)
     return path
 
@@ -105,14 +106,24 @@ def _sweep_folders(path: Path) -> None:
                         shutil.rmtree(left, ignore_errors=True)
 
 
-def _refuse_strangers(path: Path) -> None:
-    """Raise FormatError when writing our two files would destroy or hide something else."""
+def _refuse_folders(path: Path, with_training_form: bool) -> None:
+    """Raise FormatError when a folder is where a file has to be, before anything is written."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *([TRAINING_FILE] if with_training_form else [])):
+        if (path / name).is_dir():
+            raise FormatError(f"{path}: not saved: {name} is a folder there; choose another folder, or move it away")
+
+
+def _refuse_strangers(path: Path, with_training_form: bool) -> None:
+    """Raise FormatError when writing our files would destroy or hide something else."""
     advice = "choose another folder, or pass overwrite=True"
     config, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
     if config.exists() and not weights.exists():
         raise FormatError(f"{path}: not saved: it holds a {CONFIG_FILE} that is not that of an SAE; {advice}")
     if weights.exists() and not config.exists() and read_claim(weights) is None:
         raise FormatError(f"{path}: not saved: it holds a {WEIGHTS_FILE} of another kind; {advice}")
+    trained = path / TRAINING_FILE
+    if with_training_form and trained.is_file() and said_in_header(trained) is None:
+        raise FormatError(f"{path}: not saved: it holds a {TRAINING_FILE} of another kind; {advice}")
     others = [name for name in recognised(LocalFiles(path)) if name.rpartition(":")[2] != "sae_lens"]
     if others:
         raise FormatError(

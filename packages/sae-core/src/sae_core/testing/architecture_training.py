@@ -273,6 +273,7 @@ class _Kept:
 
 
 _STEPS, _BATCH = 9, 32
+_POSITIONS = 8  # of a sequence
 
 
 def _config() -> TrainConfig:
@@ -283,7 +284,10 @@ def _config() -> TrainConfig:
 
 
 def _batches(sae: SAE) -> list[Tensor | ActivationBatch]:
-    return [pairs_for(sae, _BATCH, seed=seed) for seed in range(_STEPS)]
+    batches = [pairs_for(sae, _BATCH, seed=seed) for seed in range(_STEPS)]
+    if not sae.reads_sequences:
+        return batches
+    return [batch.unflatten(0, (-1, _POSITIONS)) if isinstance(batch, Tensor) else batch for batch in batches]
 
 
 def check_trainer(subject: Subject) -> None:

@@ -374,6 +374,11 @@ class Learner:
         targets = None
         if batch.targets is not None:
             targets = self._checked(batch.targets, self.sae.d_out, start, f"{where}, samples from {start}: targets")
+        if self.sae.reads_sequences and inputs.dim() < 3:
+            raise DataError(
+                f"{where}, samples from {start}: inputs: shape {tuple(inputs.shape)}, but {self.sae.architecture} reads whole "
+                "sequences, (sequences, positions, d_in); rows in random order would be taken for neighbours"
+            )
         left = self.config.total_samples - start
         rows = inputs.numel() // self.sae.d_in
         if 0 < left < rows:  # whole sequences stay whole
@@ -464,6 +469,9 @@ def _joined(batches: Sequence[ActivationBatch], sae: SAE) -> ActivationBatch:
     )
 
 
+_NO_SPREAD = 1e-30  # of rows that are one point: nothing can be divided by distances between them
+
+
 @torch.no_grad()
 def geometric_median(x_RD: Tensor, iterations: int = 50, tolerance: float = 1e-6) -> Tensor:
     """The point with the least summed distance to all rows, by Weiszfeld's iteration.
@@ -471,8 +479,11 @@ def geometric_median(x_RD: Tensor, iterations: int = 50, tolerance: float = 1e-6
     >>> geometric_median(torch.tensor([[0.0], [0.0], [0.0], [100.0]])).abs().item() < 1e-2
     True
     """
+    x_RD = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
     centre = x_RD.mean(0)
-    spread = (x_RD - centre).norm(dim=-1).mean().clamp_min(torch.finfo(x_RD.dtype).tiny)
+    spread = (x_RD - centre).norm(dim=-1).mean()
+    if bool(spread < _NO_SPREAD):
+        return centre
     for _ in range(iterations):
         weights = 1 / (x_RD - centre).norm(dim=-1).clamp_min(1e-6 * spread)
         moved = (weights @ x_RD) / weights.sum()
