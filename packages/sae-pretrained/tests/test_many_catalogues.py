@@ -33,7 +33,7 @@ class LabCatalogue:
         raise NotImplementedError
 
 
-class BrokenCatalogue:
+class BrokenCatalogue(LabCatalogue):
     def __init__(self) -> None:
         raise RuntimeError("no network drive")
 
@@ -77,9 +77,16 @@ def test_two_catalogues_that_list_one_release_are_both_named():
         find_entry("lab-saes", "one", catalogues)
 
 
-def test_without_any_catalogue_the_package_to_install_is_named():
-    with pytest.raises(UnknownNameError, match="pip install sae-pretrained"):
+def test_without_any_catalogue_it_is_said_where_one_would_come_from(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UnknownNameError, match="public, user are installed; sae-core doctor says whether they work"):
         find_entry("gpt2-small-res-jb", "x", {})
+    monkeypatch.setenv("SAE_CORE_PLUGINS", "")
+    reset_registry()
+    try:
+        with pytest.raises(UnknownNameError, match="'public' comes with sae-pretrained, which is disabled"):
+            find_entry("gpt2-small-res-jb", "x")
+    finally:
+        reset_registry()
 
 
 def test_what_the_files_say_is_kept_and_what_they_lack_is_added():

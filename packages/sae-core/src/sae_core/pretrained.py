@@ -197,7 +197,9 @@ def _how_to_get_catalogues() -> str:
     from sae_core.plugins.errors import unknown_name
 
     registry = get_registry()
-    return unknown_name("catalogue", "public", registry.names("catalogue"), registry.plugins())
+    if known := registry.names("catalogue"):
+        return f"{', '.join(known)} are installed; sae-core doctor says whether they work"
+    return unknown_name("catalogue", "public", known, registry.plugins())
 
 
 def _listing() -> str:
