@@ -161,20 +161,6 @@ class NoSAE:
     """Is no SAE at all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaxConfig(PlainConfig):
-    """Accepts any width."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
-class Lax(Plain):
-    """Accepts any width."""
-
-    config_class = LaxConfig
-
-
 class GlobalSeed(Plain):
     """Draws its parameters from the global generator."""
 
@@ -662,7 +648,6 @@ ALSO_WRONG: list[tuple[str, type, str]] = [
     ("check_class", WithoutName, "is 'somebody_else', registered as 'without_name'"),
     ("check_class", StillAbstract, "does not implement all abstract methods"),
     ("check_class", NoSAE, "not a subclass of sae_core.SAE"),
-    ("check_config", Lax, "negative dimension"),
     ("check_config_is_used", IgnoresCentring, "apply_b_dec_to_input: False instead of True is accepted"),
     ("check_config_is_used", IgnoresNorm, "decoder_init_norm: .* is accepted and changes nothing"),
     ("check_seed", GlobalSeed, "used the global random generator"),

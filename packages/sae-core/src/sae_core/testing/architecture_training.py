@@ -210,7 +210,7 @@ def check_after_step(subject: Subject) -> None:
     """
     sae: SAE = subject.new()
     train(sae, steps=3)
-    held = {name: id(parameter) for name, parameter in sae.named_parameters()}
+    held = dict(sae.named_parameters())
     with torch.no_grad():
         for name, tensor in sae.tensors().items():
             latent = sae.axis(name).latent
@@ -220,7 +220,7 @@ def check_after_step(subject: Subject) -> None:
         once = {name: tensor.clone() for name, tensor in sae.tensors().items()}
         sae.after_step()
     for name, parameter in sae.named_parameters():
-        assert id(parameter) == held[name], f"after_step replaces {name!r}; change it in place"
+        assert parameter is held[name], f"after_step replaces {name!r}; change it in place"
     for name, tensor in sae.tensors().items():
         is_finite(once[name], f"{name!r} after after_step with a latent of zeros")
         same(tensor, once[name], f"{name!r} after a second after_step and after the first")

@@ -168,10 +168,11 @@ def _behaviour(subject: Subject, **changes: Any) -> list[Tensor]:
         seen += [sae.eval().encode(x), sae(x)]
         with suppress(ShapeError):
             seen.append(sae(x.view(32, 2, -1)))  # attention heads, where they are joined
-        for name, tensor in sae.tensors().items():
-            if sae.axis(name).latent == 0 and tensor.dim() == 1 and tensor.is_floating_point():
-                tensor.sub_(3)  # whatever is special about latents below zero
-        seen.append(sae.encode(x))
+        for counts_latents in (True, False):  # whatever is special about latents below zero
+            for name, tensor in sae.tensors().items():
+                if tensor.dim() == 1 and tensor.is_floating_point() and (sae.axis(name).latent == 0) == counts_latents:
+                    tensor.sub_(3)
+            seen.append(sae.encode(x))
     return seen
 
 
