@@ -26,7 +26,7 @@ from sae_core import SAE
 from sae_core.codes import SparseCodes
 from sae_core.config import option, require, unstructure
 from sae_core.errors import ConfigError, DataError, FormatError
-from sae_core.plugins import get_registry
+from sae_core.training.facts import named_architecture
 from torch import Tensor
 
 from sae_lm.collect import BIN_EDGES, CoFiring, Kept, SnippetReader, Totals, first_position, hashed, peaks
@@ -111,7 +111,7 @@ def study(
     model = source.language_model.model
     named = any(isinstance(sae.metadata.get(key), str) for key in ("hook_name", "hf_hook_name"))
     route = route_of(sae, model, at or (None if named or not sae.reconstructs_input else str(source.point)))
-    architecture = get_registry().lasting_name("architecture", type(sae))
+    architecture = named_architecture(sae)
     settings = {
         "study": {k: v for k, v in unstructure(config).items() if k != "save_minutes"},
         "place": str(route),
