@@ -295,32 +295,6 @@ def test_cache_then_train_then_eval_from_the_command_line(
     assert "this command is for 'huggingface'" in capsys.readouterr().err
 
 
-def test_a_finished_cache_can_be_uploaded(
-    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import huggingface_hub
-
-    calls: list[Any] = []
-
-    class Hub:
-        def create_repo(self, name: str, **settings: Any) -> None:
-            calls.append((name, settings["repo_type"], settings["private"]))
-
-        def upload_folder(self, *, repo_id: str, repo_type: str, folder_path: Path) -> str:
-            calls.append((repo_id, repo_type, sorted(path.name for path in folder_path.iterdir())))
-            if repo_id == "no/where":
-                raise OSError("no network")
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    arguments = ["lm", "cache", str(run_file), str(tmp_path / "cache"), "--rows", "60", "--hub"]
-    assert main([*arguments, "me/acts", "--private"]) == 0
-    assert calls == [("me/acts", "dataset", True), ("me/acts", "dataset", ["cache.json", "shard-00000.safetensors"])]
-    assert "Uploaded: https://hub/me/acts" in capsys.readouterr().out
-    assert main([*arguments, "no/where"]) == 1
-    assert "cannot be uploaded to 'no/where': no network" in capsys.readouterr().err
-
-
 def test_settings_of_a_reader_are_checked(make_source: Callable[..., HuggingFaceSource], tmp_path: Path) -> None:
     write_cache(make_source(), tmp_path / "cache", rows=100)
     with pytest.raises(ConfigError, match="buffer_rows: 70 cannot hold a batch of 16 beside the 64"):
