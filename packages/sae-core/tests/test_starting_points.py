@@ -96,6 +96,7 @@ def test_an_sae_of_ours_is_trained_further_with_other_settings_and_resumes(
         assert torch.equal(first[name], tensor), name
     kept = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["sae"]
     assert (kept["start"], kept["k"]) == (str(tmp_path / "first"), 2)
+    shutil.rmtree(tmp_path / "first")  # its weights are in the checkpoint
     longer = read_run(tmp_path / "out" / "run.yaml", ["train.total_samples=400"])
     assert execute(longer, resume=True).samples == 400
 

@@ -204,7 +204,10 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
     source = open_source(run)
-    saes = {name: new_sae(run, member, name, source) for name, member in members.items()}
+    initial = {} if found is None else found.state["initial"]
+    saes = {
+        name: new_sae(run, _without_start(member, initial.get(name)), name, source) for name, member in members.items()
+    }
     full = resolved(run, members, saes, source)
     trainer = Trainer(
         saes[""] if list(saes) == [""] else saes,
@@ -372,6 +375,14 @@ def resolved(
         for name, member in members.items()
     ]
     return {**plain, "sae": None, "saes": several, "grid": {}}
+
+
+def _without_start(member: Member, initial: Mapping[str, Any] | None) -> Member:
+    """A dictionary of a run that goes on: its weights are in the checkpoint, and the folder it started from may be gone."""
+    if initial is None or "start" not in member.sae:
+        return member
+    changed = {key: value for key, value in member.sae.items() if key != "start"}
+    return dataclasses.replace(member, sae={**initial, **changed})
 
 
 def _start_of(member: Member) -> dict[str, str]:
