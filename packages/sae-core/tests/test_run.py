@@ -16,7 +16,7 @@ from sae_core.config import structure
 from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
 from sae_core.errors import ConfigError, DataError, FormatError
 from sae_core.run import execute, read_run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROWS = torch.randn(3000, 12, generator=torch.Generator().manual_seed(0))
 
@@ -216,3 +216,79 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
     np.save(tmp_path / "wide.npy", ROWS.numpy())
     with pytest.raises(DataError, match="different widths"):
         tensor_files(paths=[str(tmp_path / "narrow.safetensors"), str(tmp_path / "wide.npy")])
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> dict[str, Any]:
+    """Files of 100 inputs (8 wide) and targets (6 wide) that are a linear map of them, in other shards."""
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    y = x[:, :6] * 2
+    for name, part in {"x0": x[:70], "x1": x[70:], "y0": y[:50], "y1": y[50:]}.items():
+        save_file({"acts": part.contiguous()}, tmp_path / f"{name}.safetensors")
+    paths, targets = ([str(tmp_path / f"{name}{i}.safetensors") for i in (0, 1)] for name in "xy")
+    return {"paths": paths, "target_paths": targets, "key": "acts"}
+
+
+def test_files_of_targets_give_pairs_that_stay_together_over_shards_and_shuffling(pairs: dict[str, Any]) -> None:
+    source = tensor_files(**pairs, reads={"a": 5, "b": 3}, writes={"p": 2, "q": 4}, held_out=0.1, epochs=2)
+    assert (source.sites, source.target_sites, source.rows) == ({"a": 5, "b": 3}, {"p": 2, "q": 4}, 90)
+    batches = list(source.batches(32))
+    assert [len(batch.inputs) for batch in batches] == [32, 32, 26] * 2
+    assert all(torch.equal(batch.targets, batch.inputs[:, :6] * 2) for batch in batches)
+
+
+def test_a_run_trains_a_transcoder_of_files_and_measures_it_on_rows_that_it_did_not_see(
+    pairs: dict[str, Any], tmp_path: Path
+) -> None:
+    run: dict[str, Any] = {
+        "sae": {"architecture": "topk", "d_sae": 16, "k": 4, "skip": True},
+        "source": {"name": "tensor_files", **pairs, "writes": {"p": 2, "q": 4}, "held_out": 0.2, "epochs": 30},
+        "train": {"total_samples": 2400, "batch_size": 80, "lr": 0.03, "log_every_steps": 10, "progress_bar": False},
+        "eval": {"every_samples": 800, "rows": 15},
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(run))
+    assert main(["train", str(tmp_path / "pairs.yaml")]) == 0
+    sae = SAE.load(tmp_path / "out")
+    assert (sae.d_in, dict(sae.writes)) == (8, {"p": 2, "q": 4})
+    records = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    x = torch.cat([load_file(path)["acts"] for path in pairs["paths"]])[80:95]
+    y = x[:, :6] * 2
+    expected = 1 - float((sae(x).detach() - y).square().sum() / (y - y.mean(0)).square().sum())
+    assert records[-1]["held_out.explained_variance"] == pytest.approx(expected, abs=1e-4)
+    assert records[-1]["held_out.l0"] == pytest.approx(float((sae.encode(x) != 0).sum(-1).float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_paths": None}, "writes is of targets; give target_paths, too"),
+        ({"writes": {"p": 5}}, r"writes: widths \{'p': 5\} add up to 5, not to 6"),
+        ({"reads": {"a": 9}, "writes": {}}, r"reads: widths \{'a': 9\} add up to 9, not to 8"),
+        ({"held_out": 1.0}, r"held_out is a fraction in \[0, 1\), not 1.0"),
+        ({"held_out": 0.01}, "held_out: 0.01 of 100 rows leaves 1 to measure on and 99 to train on"),
+        ({"target_key": "y"}, "no tensor 'y'; it holds acts"),
+    ],
+)
+def test_targets_that_do_not_fit_are_one_error(pairs: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    fields = {**pairs, "writes": {"p": 2, "q": 4}, **changes}
+    with pytest.raises((ConfigError, DataError), match=message):
+        tensor_files(**{name: value for name, value in fields.items() if value is not None})
+
+
+def test_every_row_has_a_target_and_measuring_needs_rows_held_out(pairs: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"100 rows in .*x0\.safetensors, .*, but 50 rows of targets in .*every row has a target"
+    ):
+        tensor_files(**{**pairs, "target_paths": pairs["target_paths"][:1]})
+    source = tensor_files(**pairs)
+    with pytest.raises(ConfigError, match=r"no rows are held out from training \(source\.held_out is 0\)"):
+        source.held_out(source.held_out_class())
+
+
+def test_files_of_several_precisions_are_read_in_the_widest(tmp_path: Path) -> None:
+    wide = torch.tensor([[1.0000001, 2.0]])
+    save_file({"activations": wide.half()}, tmp_path / "a.safetensors")
+    save_file({"activations": wide}, tmp_path / "b.safetensors")
+    (batch,) = tensor_files(paths=[str(tmp_path)], shuffle=False).batches(2)
+    assert torch.equal(batch[1], wide[0])

@@ -139,23 +139,25 @@ def inference_config(sae: Dictionary, exported: Export) -> dict[str, Any]:
     if provider.distribution == CORE:
         architecture, cfg = to_sae_lens(architecture, cfg)
     dtype = str(sae.dtype).removeprefix("torch.")
-    ours = sae.metadata.get("sae_core") or {}
-    if not isinstance(ours, Mapping):
+    said = sae.metadata.get("sae_core") or {}
+    if not isinstance(said, Mapping):
         raise FormatError(
-            f"not saved: metadata['sae_core'] is where this project keeps its own facts, and holds {ours!r}; rename that key"
+            f"not saved: metadata['sae_core'] is where this project keeps its own facts, and holds {said!r}; rename that key"
         )
+    ours: dict[str, Any] = {
+        **cast("Mapping[str, Any]", said),
+        "format_version": FORMAT_VERSION,
+        "provider": {"distribution": provider.distribution, "version": provider.version},
+    }
+    trained_as = sae.metadata.get("training_architecture") or sae.architecture
+    if trained_as == sae.architecture or "training_config" not in ours:
+        ours["training_config"] = unstructure(sae.config)
     metadata = {
         **sae.metadata,
         "sae_lens_version": sae.metadata.get("sae_lens_version") or _SAE_LENS_LAYOUT,
-        "training_architecture": sae.metadata.get("training_architecture") or sae.architecture,
-        "sae_core": {
-            **cast("Mapping[str, Any]", ours),
-            "format_version": FORMAT_VERSION,
-            "provider": {"distribution": provider.distribution, "version": provider.version},
-        },
+        "training_architecture": trained_as,
+        "sae_core": ours,
     }
-    if metadata["training_architecture"] == sae.architecture or "training_config" not in metadata["sae_core"]:
-        metadata["sae_core"]["training_config"] = unstructure(sae.config)
     return {**cfg, "dtype": dtype, "device": "cpu", "metadata": metadata, "architecture": architecture}
 
 
