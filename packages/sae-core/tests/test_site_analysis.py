@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from sae_core import SAE, ActivationBatch, create
-from sae_core.errors import ConfigError, ShapeError
+from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_core.site_analysis import (
     cosine_between,
     decoder_site_norms,
@@ -114,3 +115,26 @@ def test_what_cannot_be_compared_is_refused() -> None:
     by_row = create("standard", d_in=4, d_sae=3, reads=SITES, normalize_activations="layer_norm")
     with pytest.raises(ConfigError, match="with layer_norm it differs by row"):
         latent_scaling(by_row, [x], [0], own="chat")
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        ([16], r"latents must lie in \[0, d_sae = 16\), not 16"),
+        ([-1], "counted from 0; -1 is negative"),
+        ([0.5], "latents must be a sequence of distinct latent numbers"),
+        ([True, False], "latents must be a sequence of distinct latent numbers"),
+        (torch.ones(16, dtype=torch.bool), "latents must be a sequence of distinct latent numbers"),
+        ([], "this one is empty"),
+    ],
+)
+def test_latents_that_there_are_not_are_refused(latents: Any, message: str) -> None:
+    sae = create("topk", d_in=8, d_sae=16, k=3, reads={"a": 4, "b": 4})
+    with pytest.raises(ConfigError, match=message):
+        latent_scaling(sae, [torch.randn(5, 8)], latents, own="a")
+
+
+def test_batches_without_rows_are_no_batches() -> None:
+    sae = create("topk", d_in=8, d_sae=16, k=3, reads={"a": 4, "b": 4})
+    with pytest.raises(DataError, match="latent scaling: there was no batch"):
+        latent_scaling(sae, [torch.zeros(0, 8)], own="a")

@@ -9,8 +9,7 @@ which they explain best what is left over there, or what the other latents alrea
     beta = argmin sum over rows |beta f_j d_j - t|^2 = sum f_j (d_j . t) / sum f_j^2 |d_j|^2
 
 with t the error (target less reconstruction, without the latent's own part in it) or the reconstruction less its bias. The
-ratio nu of the
-of the betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large for
+ratio nu of the betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large for
 latents whose norm was shrunk away, with reconstructions for latents that are one half of a split concept.
 
 Everything is in the space that the decoder writes to: that of normalised activations, if the dictionary normalises.
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import ConfigError, DataError, ShapeError, did_you_mean
+from sae_core.format.read import distinct_rows
 from sae_core.protocols import ActivationBatch
 from sae_core.sites import Sites
 
@@ -129,7 +129,8 @@ def latent_scaling(
 
     `own` is the site at which the latents' directions are taken, the one that they seem to be exclusive to; sites must all
     have its width. Raises ConfigError for a site that the dictionary does not write, for sites of other widths, and for
-    normalisations of each row, under which a latent has no one direction; DataError without a batch.
+    normalisations of each row, under which a latent has no one direction, and for latents that there are not; DataError
+    without a batch.
 
     >>> from sae_core import create
     >>> sae = create("standard", d_in=4, d_sae=2, reads={"base": 2, "chat": 2}, apply_b_dec_to_input=False)
@@ -151,7 +152,7 @@ def latent_scaling(
         raise ConfigError(
             f"latent scaling needs one direction for a latent; with {sae.config.normalize_activations} it differs by row"
         )
-    chosen = torch.as_tensor(list(range(sae.d_sae) if latents is None else latents), device=sae.device)
+    chosen = torch.as_tensor(_numbers(latents, sae.d_sae), device=sae.device)
     rows_NO = sae.directions(chosen).double()
     own_NW = rows_NO[:, slices[own]]
     power_N = torch.zeros(len(chosen), dtype=torch.float64, device=sae.device)
@@ -167,7 +168,7 @@ def latent_scaling(
             y_RO = sae.decode_rows(codes, prepared).double()
             error_RO = sae.target_rows(prepared, targets).double() - y_RO
             explained_RO = y_RO - bias_O
-            f_RN = codes.to_dense().reshape(len(y_RO), -1)[:, chosen].double()
+            f_RN = codes.to_dense().reshape(-1, sae.d_sae)[:, chosen].double()
             squares_N = f_RN.square().sum(0)
             power_N += squares_N * own_NW.square().sum(-1)
             for name, part in slices.items():
@@ -181,6 +182,15 @@ def latent_scaling(
         raise DataError("latent scaling: there was no batch")
     betas = {kind: {name: sums_N / power_N for name, sums_N in found.items()} for kind, found in along.items()}
     return LatentScaling(chosen, own, betas["error"], betas["reconstruction"])
+
+
+def _numbers(latents: Sequence[int] | None, d_sae: int) -> list[int]:
+    if latents is None:
+        return list(range(d_sae))
+    found = distinct_rows(latents, "latents")
+    if max(found) >= d_sae:
+        raise ConfigError(f"latents must lie in [0, d_sae = {d_sae}), not {max(found)}")
+    return found
 
 
 def _sites(directions_FO: Tensor, sites: Mapping[str, int]) -> Sites:

@@ -202,8 +202,9 @@ def build_sae(
     return sae.eval()
 
 
-def distinct_rows(rows: Sequence[int]) -> list[int]:
-    """`rows` as a list of distinct whole numbers; ConfigError for anything else. Whether there are such latents is not asked.
+def distinct_rows(rows: Sequence[int], what: str = "rows=") -> list[int]:
+    """`rows` as a list of distinct whole numbers; ConfigError, which begins with `what`, for anything else. Whether there are
+    such latents is not asked.
 
     >>> distinct_rows(range(3)), distinct_rows(torch.tensor([4, 2]))
     ([0, 1, 2], [4, 2])
@@ -211,7 +212,7 @@ def distinct_rows(rows: Sequence[int]) -> list[int]:
     Traceback (most recent call last):
     sae_core.errors.ConfigError: rows= must be a sequence of distinct latent numbers; 1 comes twice
     """
-    wanted = "rows= must be a sequence of distinct latent numbers"
+    wanted = f"{what} must be a sequence of distinct latent numbers"
     if isinstance(rows, str | bytes | Mapping | set | frozenset) or not hasattr(rows, "__iter__"):
         raise ConfigError(f"{wanted}, not {rows!r}")
     found: list[int] = []
