@@ -19,6 +19,7 @@ from sae_synthetic.experiments import (
     consistency,
     crosscoder,
     get_preset,
+    l0_selection,
     run_preset,
     sparse_but_wrong,
     synthsaebench,
@@ -44,6 +45,8 @@ def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthsaebench, "EVAL_SAMPLES", 2000)
     monkeypatch.setattr(sparse_but_wrong, "EVAL_SAMPLES", 2000)
     monkeypatch.setattr(crosscoder, "EVAL_SAMPLES", 5000)
+    monkeypatch.setattr(l0_selection, "EVAL_SAMPLES", 2000)
+    monkeypatch.setattr(l0_selection, "LOOK_SAMPLES", 500)
 
 
 @pytest.mark.usefixtures("small_worlds")

@@ -15,6 +15,7 @@ from sae_synthetic import (
     SyntheticActivationIterator,
     firing_probabilities_for_rates,
     hierarchy_modifier,
+    init_sae_to_match_feature_dict,
     match_features,
     mean_correlation_coefficient,
 )
@@ -120,40 +121,32 @@ def test_random_widths_and_an_order_without_meaning_are_refused(settings: dict[s
         create("matryoshka_l1", d_in=6, d_sae=8, **settings)
 
 
-def _trained_on_a_tree(**nesting: Any) -> tuple[SAE, FeatureDictionary]:
+def _trained_from_the_truth_of_a_tree(**nesting: Any) -> tuple[SAE, FeatureDictionary]:
     """Two parents, each with two children that exclude each other, and two features on their own."""
     roots = [
         HierarchyNode(p, [HierarchyNode(p + 1), HierarchyNode(p + 2)], mutually_exclusive_children=True) for p in (0, 3)
     ]
-    rates = torch.tensor([0.2, 0.06, 0.06, 0.2, 0.06, 0.06, 0.1, 0.1])
     generator = ActivationGenerator(
         8,
-        firing_probabilities_for_rates(roots, rates),
+        firing_probabilities_for_rates(roots, torch.tensor([0.2, 0.06, 0.06, 0.2, 0.06, 0.06, 0.1, 0.1])),
         std_firing_magnitudes=0.05,
         modify_activations=hierarchy_modifier(roots),
         seed=0,
     )
     features = FeatureDictionary(8, 8, seed=0)
     sae = create("matryoshka_l1", d_in=8, d_sae=8, seed=1, **nesting)
+    init_sae_to_match_feature_dict(sae, features)
     plan = TrainConfig(
-        total_samples=100_000,
-        batch_size=250,
-        lr=1e-2,
-        lr_decay_samples=0.25,
-        resample_dead_every_samples=10_000,
-        dead_after_samples=4_000,
-        init_b_dec="zeros",
-        progress_bar=False,
+        total_samples=30_000, batch_size=250, lr=1e-2, lr_decay_samples=0.25, init_b_dec="zeros", progress_bar=False
     )
     Trainer(sae, SyntheticActivationIterator(features, generator, 250), plan).fit()
     return sae, features
 
 
-def test_drawn_widths_recover_a_tree_wholly_where_a_flat_dictionary_absorbs() -> None:
-    flat, features = _trained_on_a_tree(l1_coefficient=DRAWN["l1_coefficient"])
-    nested, _ = _trained_on_a_tree(**{**DRAWN, "random_widths": 4})
+def test_with_drawn_widths_a_tree_stays_whole_where_a_flat_dictionary_absorbs_it() -> None:
+    flat, features = _trained_from_the_truth_of_a_tree(l1_coefficient=DRAWN["l1_coefficient"])
+    nested, _ = _trained_from_the_truth_of_a_tree(**{**DRAWN, "random_widths": 4})
     found = match_features(nested.directions(), features.feature_vectors)
-    print(found.cosines, mean_correlation_coefficient(flat.directions(), features.feature_vectors))
     assert float(found.cosines.mean()) >= 0.99
     assert float(found.cosines.min()) >= 0.98
-    assert mean_correlation_coefficient(flat.directions(), features.feature_vectors) < 0.96
+    assert mean_correlation_coefficient(flat.directions(), features.feature_vectors) < 0.97

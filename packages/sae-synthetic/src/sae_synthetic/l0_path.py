@@ -5,8 +5,8 @@ n-th decoder projection s_n is least. A dictionary whose L0 falls slowly from to
 the right L0, from above, which is the side from which features are recovered, and s_n along the way has one clear least.
 
 `L0Path` is a callback that looks at s_n while any trainer runs, on activations of any model; let `k`, or the penalty, move by
-a schedule. The dictionary lags behind where its L0 falls fast, so the least is found a little late, at too low an L0: go
-down once quickly over a wide range, and once more around what was found.
+a schedule. Where the L0 falls fast, features are not found yet when it is right, and the least is seen where it is still too
+high: go down once over a wide range, and once more, slowly, around what was found.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ HIGHEST, LOWEST, AROUND = 20.0, 4.0, 3.0
 PLACES = (20, 22, 25)
 LOOKS = 30
 LOOK_SAMPLES = 4_000
+EVAL_SAMPLES = 50_000
 
 
 def run(settings: Settings) -> ExperimentResult:
@@ -39,7 +40,7 @@ def run(settings: Settings) -> ExperimentResult:
     features, generator = world()
     features.to(settings.device)
     generator.to(settings.device)
-    true_l0 = float(generator.held_out().sample_codes(50_000).l0().double().mean())
+    true_l0 = float(generator.held_out().sample_codes(EVAL_SAMPLES).l0().double().mean())
     with torch.no_grad():
         x = features(generator.held_out().sample_codes(LOOK_SAMPLES))
     samples = settings.samples(SAMPLES, BATCH)
