@@ -17,6 +17,8 @@ nothing is known at inference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from sae_core import SAE, SparseCodes
 from sae_core.config import require
@@ -58,13 +60,16 @@ def prune_codes(sae: SAE, x: Tensor, codes: SparseCodes | None = None, *, least:
     flat = found.reshape(found.rows)
     residual_RO = prepared.z - sae.decode_rows(flat, prepared)
     rows_E, kept_E = flat.row_ids(), flat.values != 0
-    power_E = (flat.values * sae.direction_norms()[flat.indices]).square()
+    power_E = torch.cat(
+        [part.square().sum(dim=1) for _, part in _parts(sae, flat, torch.arange(len(rows_E), device=flat.device))]
+    )
     wanted_R = least * power_E.new_zeros(flat.rows).index_add(0, rows_E, power_E) / flat.l0().clamp_min(1)
     open_R = torch.ones(flat.rows, dtype=torch.bool, device=flat.device)
     while True:
         entries = (kept_E & open_R[rows_E]).nonzero().squeeze(1)
         rows = rows_E[entries]
-        gain = 2 * flat.values[entries] * _along(sae, residual_RO, rows, flat.indices[entries]) + power_E[entries]
+        along = [(residual_RO[rows_E[some]] * part).sum(dim=1) for some, part in _parts(sae, flat, entries)]
+        gain = 2 * torch.cat(along) + power_E[entries]
         least_R = wanted_R.scatter_reduce(0, rows, gain, "amin")  # at most what is wanted
         going = (gain < wanted_R[rows]) & (gain == least_R[rows])
         entries, rows = entries[going], rows[going]
@@ -74,14 +79,16 @@ def prune_codes(sae: SAE, x: Tensor, codes: SparseCodes | None = None, *, least:
         first_R = torch.full_like(wanted_R, len(rows_E), dtype=torch.long).scatter_reduce(0, rows, entries, "amin")
         entries = entries[entries == first_R[rows]]  # of equals one only
         kept_E[entries] = False
-        for part in entries.split(_ENTRIES_AT_ONCE):
-            residual_RO.index_add_(0, rows_E[part], flat.values[part, None] * sae.directions(flat.indices[part]))
+        for some, part in _parts(sae, flat, entries):
+            residual_RO.index_add_(0, rows_E[some], part)
     offsets = torch.zeros(flat.rows + 1, dtype=torch.long, device=flat.device)
     offsets[1:] = torch.bincount(rows_E[kept_E], minlength=flat.rows).cumsum(0)
     return SparseCodes(flat.values[kept_E], flat.indices[kept_E], found.leading_shape, found.d_sae, offsets=offsets)
 
 
-def _along(sae: SAE, residual_RO: Tensor, rows_E: Tensor, latents_E: Tensor) -> Tensor:
-    """(E,) products of the rows' residuals with the latents' directions."""
-    parts = zip(rows_E.split(_ENTRIES_AT_ONCE), latents_E.split(_ENTRIES_AT_ONCE), strict=True)
-    return torch.cat([(residual_RO[rows] * sae.directions(latents)).sum(dim=1) for rows, latents in parts])
+def _parts(sae: SAE, codes: SparseCodes, entries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some entries at a time, and (n, O) what each adds to the reconstruction: f_j d_j, in whatever units latents are."""
+    offset = sae.offset()
+    for some in entries.split(_ENTRIES_AT_ONCE):
+        alone = SparseCodes.regular(codes.values[some, None], codes.indices[some, None], codes.d_sae)
+        yield some, sae.decode_rows(alone, None) - offset

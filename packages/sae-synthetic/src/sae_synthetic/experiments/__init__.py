@@ -92,7 +92,7 @@ PRESETS = {
             name="tree",
             summary="Nested against flat SAEs on a tree of excluding children",
             paper="Nabeshima 2024 (LessWrong)",
-            duration="2 minutes",
+            duration="3 minutes",
             seeds=1,
             target=f"{_HERE}.tree:run",
         ),
