@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,38 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def distinct_numbers(rows: Sequence[int], what: str) -> list[int]:
+    """`rows` as a list of distinct whole numbers; ConfigError, which begins with `what`, for anything else. Whether there are
+    such latents is not asked.
+
+    >>> distinct_numbers(range(3), "rows="), distinct_numbers([4, 2], "rows=")
+    ([0, 1, 2], [4, 2])
+    >>> distinct_numbers([1, 1], "rows=")
+    Traceback (most recent call last):
+    sae_core.errors.ConfigError: rows= must be a sequence of distinct latent numbers; 1 comes twice
+    """
+    wanted = f"{what} must be a sequence of distinct latent numbers"
+    if isinstance(rows, str | bytes | Mapping | set | frozenset) or not hasattr(rows, "__iter__"):
+        raise ConfigError(f"{wanted}, not {rows!r}")
+    found: list[int] = []
+    try:
+        items = list(cast("Sequence[Any]", rows))
+        for row in items:
+            if isinstance(row, bool) or (hasattr(row, "dtype") and "bool" in str(row.dtype)):
+                raise TypeError
+            found.append(operator.index(row))
+    except TypeError:
+        raise ConfigError(f"{wanted}, not {rows!r}") from None
+    if not found:
+        raise ConfigError(f"{wanted}; this one is empty")
+    if len(set(found)) < len(found):
+        twice = next(row for row in found if found.count(row) > 1)
+        raise ConfigError(f"{wanted}; {twice} comes twice")
+    if min(found) < 0:
+        raise ConfigError(f"{wanted}, counted from 0; {min(found)} is negative")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ which they explain best what is left over there, or what the other latents alrea
     beta = argmin sum over rows |beta f_j d_j - t|^2 = sum f_j (d_j . t) / sum f_j^2 |d_j|^2
 
 with t the error (target less reconstruction, without the latent's own part in it) or the reconstruction less its bias. The
-ratio nu of the betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large for
-latents whose norm was shrunk away, with reconstructions for latents that are one half of a split concept.
+ratio nu of the betas of another site and of its own is near zero for a latent that is truly exclusive. With errors it is large
+for latents whose norm was shrunk away, with reconstructions for latents that are one half of a split concept.
 
 Everything is in the space that the decoder writes to: that of normalised activations, if the dictionary normalises.
 """
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from sae_core.config import distinct_numbers
 from sae_core.errors import ConfigError, DataError, ShapeError, did_you_mean
-from sae_core.format.read import distinct_rows
 from sae_core.protocols import ActivationBatch
 from sae_core.sites import Sites
 
@@ -187,7 +187,7 @@ def latent_scaling(
 def _numbers(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     if latents is None:
         return list(range(d_sae))
-    found = distinct_rows(latents, "latents")
+    found = distinct_numbers(latents, "latents")
     if max(found) >= d_sae:
         raise ConfigError(f"latents must lie in [0, d_sae = {d_sae}), not {max(found)}")
     return found

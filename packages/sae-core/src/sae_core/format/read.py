@@ -7,7 +7,6 @@ allows, then become the parameters themselves, cast or moved on the way if asked
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sae_core.config import structure
+from sae_core.config import distinct_numbers, structure
 from sae_core.dictionary import Dictionary, as_device, as_dtype
 from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.files import LocalFiles
@@ -80,7 +79,7 @@ def read_sae(
     The parameters are maps of the file where nothing had to be computed (`mmap` True), or copies in memory (False); None maps
     files of more than 64 MB.
     """
-    rows = None if rows is None else distinct_rows(rows)
+    rows = None if rows is None else distinct_numbers(rows, "rows=")
     name = format or find_loader(source, folder)
     loader = cast("Loader", get_registry().usable("loader", name)())
     loaded = loader.load(source, folder, overrides=overrides, rows=rows)
@@ -200,38 +199,6 @@ def build_sae(
             sae.target_normalization.set_scale(1.0)  # such files are of transcoders whose targets were not normalised
     sae.metadata = spell_hook_names(loaded.metadata)
     return sae.eval()
-
-
-def distinct_rows(rows: Sequence[int], what: str = "rows=") -> list[int]:
-    """`rows` as a list of distinct whole numbers; ConfigError, which begins with `what`, for anything else. Whether there are
-    such latents is not asked.
-
-    >>> distinct_rows(range(3)), distinct_rows(torch.tensor([4, 2]))
-    ([0, 1, 2], [4, 2])
-    >>> distinct_rows([1, 1])
-    Traceback (most recent call last):
-    sae_core.errors.ConfigError: rows= must be a sequence of distinct latent numbers; 1 comes twice
-    """
-    wanted = f"{what} must be a sequence of distinct latent numbers"
-    if isinstance(rows, str | bytes | Mapping | set | frozenset) or not hasattr(rows, "__iter__"):
-        raise ConfigError(f"{wanted}, not {rows!r}")
-    found: list[int] = []
-    try:
-        items = list(cast("Sequence[Any]", rows))
-        for row in items:
-            if isinstance(row, bool) or (hasattr(row, "dtype") and "bool" in str(row.dtype)):
-                raise TypeError
-            found.append(operator.index(row))
-    except TypeError:
-        raise ConfigError(f"{wanted}, not {rows!r}") from None
-    if not found:
-        raise ConfigError(f"{wanted}; this one is empty")
-    if len(set(found)) < len(found):
-        twice = next(row for row in found if found.count(row) > 1)
-        raise ConfigError(f"{wanted}; {twice} comes twice")
-    if min(found) < 0:
-        raise ConfigError(f"{wanted}, counted from 0; {min(found)} is negative")
-    return found
 
 
 def _place(tensor: Tensor) -> int:
