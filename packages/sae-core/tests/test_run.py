@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sae_core.cli import main
 from sae_core.config import structure
 from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
 from sae_core.errors import ConfigError, DataError, FormatError
+from sae_core.plugins import ActivationSourceSpec, get_registry, reset_registry
 from sae_core.run import execute, read_run
 from safetensors.torch import load_file, save_file
 
@@ -284,6 +287,39 @@ def test_every_row_has_a_target_and_measuring_needs_rows_held_out(pairs: dict[st
     source = tensor_files(**pairs)
     with pytest.raises(ConfigError, match=r"no rows are held out from training \(source\.held_out is 0\)"):
         source.held_out(source.held_out_class())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    seed: int = 0
+
+
+class Noise:
+    """A source that holds nothing out."""
+
+    config_class: ClassVar[type] = NoiseConfig
+    sites: ClassVar[Mapping[str, int]] = {"": 12}
+
+    def __init__(self, config: NoiseConfig) -> None:
+        self.config = config
+
+    def batches(self, batch_size: int) -> list[torch.Tensor]:
+        return [ROWS[:batch_size]]
+
+
+def test_a_source_that_holds_nothing_out_says_so(
+    run_file: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "noises", cast("ModuleType", SimpleNamespace(Noise=Noise)))
+    get_registry().register(ActivationSourceSpec(name="noise", target="noises:Noise", summary="of a test"))
+    try:
+        run = yaml.safe_load(run_file.read_text()) | {"source": {"name": "noise"}, "eval": {"every_samples": 100}}
+        run_file.write_text(yaml.safe_dump(run))
+        done = command("train", run_file)
+    finally:
+        reset_registry()
+    assert done.returncode == 1
+    assert "the source 'noise' has nothing to measure on during training; leave out eval" in done.stderr
 
 
 def test_files_of_several_precisions_are_read_in_the_widest(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_source_without_held_out_data_says_so(tmp_path: Path, capsys: pytest.C
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["train", str(tmp_path / "run.yaml")]) == 1
-    assert "the source 'tensor_files' has nothing to measure on during training" in capsys.readouterr().err
+    assert "eval: no rows are held out from training (source.held_out is 0)" in capsys.readouterr().err
 
 
 def test_a_cache_of_unknown_origin_cannot_be_measured(tmp_path: Path) -> None:
