@@ -94,7 +94,8 @@ def test_betas_are_those_of_the_targets_written_out_for_any_dictionary() -> None
     x, y = (torch.randn(40, width, generator=random, dtype=torch.float64) for width in (4, 6))
     latents = [0, 5, 7]
     found = latent_scaling(sae, [ActivationBatch(x[:15], y[:15]), ActivationBatch(x[15:], y[15:])], latents, own="b")
-    f, directions = sae.encode(x)[:, latents], sae.directions()[latents]
+    norms = sae.latent_norms().detach()  # latents are reported in units of these
+    f, directions = sae.encode(x)[:, latents], (sae.directions() / norms[:, None])[latents]
     for site, part in (("a", slice(0, 3)), ("b", slice(3, 6))):
         bias = sae.offset()[part]
         without = (sae(x)[:, None, part] - f[:, :, None] * directions[:, part]).detach()

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from sae_core.codes import SparseCodes
 from sae_core.config import distinct_numbers
 from sae_core.errors import ConfigError, DataError, ShapeError, did_you_mean
 from sae_core.protocols import ActivationBatch
@@ -153,7 +154,7 @@ def latent_scaling(
             f"latent scaling needs one direction for a latent; with {sae.config.normalize_activations} it differs by row"
         )
     chosen = torch.as_tensor(_numbers(latents, sae.d_sae), device=sae.device)
-    rows_NO = sae.directions(chosen).double()
+    rows_NO = _unit_latents(sae, chosen).double()
     own_NW = rows_NO[:, slices[own]]
     power_N = torch.zeros(len(chosen), dtype=torch.float64, device=sae.device)
     along = {kind: {name: torch.zeros_like(power_N) for name in slices} for kind in ("error", "reconstruction")}
@@ -191,6 +192,12 @@ def _numbers(latents: Sequence[int] | None, d_sae: int) -> list[int]:
     if max(found) >= d_sae:
         raise ConfigError(f"latents must lie in [0, d_sae = {d_sae}), not {max(found)}")
     return found
+
+
+def _unit_latents(sae: SAE, latents_N: Tensor) -> Tensor:
+    """(n, d_out) what one unit of each latent adds to the output: its decoder row, in units of the latents as reported."""
+    ones = torch.ones(len(latents_N), 1, dtype=sae.dtype, device=sae.device)
+    return sae.decode_rows(SparseCodes.regular(ones, latents_N.unsqueeze(-1), sae.d_sae), None) - sae.offset()
 
 
 def _sites(directions_FO: Tensor, sites: Mapping[str, int]) -> Sites:
