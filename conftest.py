@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,12 @@ settings.load_profile("workspace")
 
 for switch in ("PLUGINS", "DISABLE_PLUGINS", "STRICT_PLUGINS", "TRACE_PLUGINS", "TRACEBACK", "CATALOGUE"):
     os.environ.pop(f"SAE_CORE_{switch}", None)  # what a developer's shell has switched off is tested all the same
+
+# Started in the background (`&`, nohup), a process ignores these signals, and so would those that tests start and stop.
+if threading.current_thread() is threading.main_thread():
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(ignored) is signal.SIG_IGN:
+            signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`-n auto`): they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")

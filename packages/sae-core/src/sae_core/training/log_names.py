@@ -44,7 +44,7 @@ def shown_as(
 
 def _shown(key: str, value: float, run: RunFacts) -> tuple[str, float]:
     if key == "dead_fraction":
-        return "sparsity/dead_features", round(value * run.sae.d_sae)
+        return "sparsity/dead_features", float(round(value * run.sae.d_sae))
     if key == "sparsity_coefficient":
         return f"details/{run.sae.sparsity_coefficient}", value
     if key.startswith("loss/"):
