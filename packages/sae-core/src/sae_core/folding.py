@@ -82,8 +82,10 @@ def _right(tensor: Tensor, matrix: Tensor) -> Tensor:
 def _by_row(operation: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, numbers: Tensor) -> Tensor:
     """`operation` on each row and its number, block by block, so that no whole matrix of float64 comes to be."""
     made = torch.empty_like(tensor)
+    room = torch.empty(tensor[:_BLOCK_ROWS].shape, dtype=torch.float64, device=tensor.device)
     for block, rows, part in zip(*(t.split(_BLOCK_ROWS) for t in (made, tensor, numbers)), strict=True):
-        block.copy_(operation(rows.double(), part.view(-1, *(1 for _ in tensor.shape[1:]))))
+        exact = room[: len(rows)].copy_(rows)
+        block.copy_(operation(exact, part.view(-1, *(1 for _ in tensor.shape[1:])), out=exact))
     return made
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sae_core.errors import FormatError
 
@@ -37,6 +37,8 @@ _DTYPES = {
     "bool": "BOOL",
 }
 _NO_SUM = "0" * 8
+_PIECE_BYTES = 2**22
+_TILE = 64
 
 
 def crc32(tensor: Tensor) -> str:
@@ -46,7 +48,7 @@ def crc32(tensor: Tensor) -> str:
     >>> crc32(torch.zeros(4, dtype=torch.uint8))
     '2144df1c'
     """
-    return f"{zlib.crc32(_bytes(tensor)):08x}"
+    return f"{zlib.crc32(_bytes(tensor).numpy()):08x}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]) -> bytes:
@@ -56,18 +58,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Map
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
     before = _header(ordered, said(dict.fromkeys(tensors, _NO_SUM)))
+    sums = dict.fromkeys(tensors, 0)
+    pieces = _summed_pieces(ordered, sums)
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
-        in_order = {name: beside.submit(tensor.contiguous) for name, tensor in ordered}
-        sums = {name: beside.submit(lambda made: crc32(made.result()), made) for name, made in in_order.items()}
         file.write(before)
-        for made in in_order.values():
-            file.write(_bytes(made.result()))
-        header = _header(ordered, said({name: found.result() for name, found in sums.items()}))
+        coming = beside.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = beside.submit(next, pieces, None)
+            file.write(piece)
+        header = _header(ordered, said({name: f"{found:08x}" for name, found in sums.items()}))
         if len(header) != len(before):
             raise FormatError(f"{path}: not written: the header's length depends on the checksums in it")
         file.seek(0)
         file.write(header)
     return header
+
+
+def _summed_pieces(ordered: list[tuple[str, Tensor]], sums: dict[str, int]) -> Iterator[Any]:
+    """The bytes of all tensors, a few megabytes at a time; `sums` have the CRC-32 of what was given out so far.
+
+    A piece is valid until the one after the next is asked for.
+    """
+    for name, tensor in ordered:
+        turned = tensor.dim() == 2 and not tensor.is_contiguous()
+        for piece in _turned_pieces(tensor) if turned else _bytes(tensor.contiguous()).split(_PIECE_BYTES):
+            data = piece.numpy()
+            sums[name] = zlib.crc32(data, sums[name])
+            yield data
+
+
+def _turned_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes of a transposed matrix, row by row, turned in tiles that fit the cache: twice as fast as all at once."""
+    import torch
+
+    rows = max(1, min(tensor.shape[0], _PIECE_BYTES // max(tensor.shape[1] * tensor.element_size(), 1)))
+    rooms = torch.empty((2, rows, tensor.shape[1]), dtype=tensor.dtype)
+    for number, block in enumerate(tensor.detach().split(rows)):
+        made = rooms[number % 2, : len(block)]
+        for high in range(0, rows, _TILE):
+            for room, tile in zip(
+                made[high : high + _TILE].split(8 * _TILE, dim=1),
+                block[high : high + _TILE].split(8 * _TILE, dim=1),
+                strict=True,
+            ):
+                room.copy_(tile)
+        yield _bytes(made)
 
 
 def _header(ordered: list[tuple[str, Tensor]], said: str) -> bytes:
@@ -85,7 +120,7 @@ def _header(ordered: list[tuple[str, Tensor]], said: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(tensor: Tensor) -> Any:
+def _bytes(tensor: Tensor) -> Tensor:
     import torch
 
-    return cast("Any", tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8)
