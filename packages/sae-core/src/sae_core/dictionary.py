@@ -312,8 +312,10 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
     @torch.no_grad()
     def directions(self, latents: Tensor | None = None) -> Tensor:
-        """(n, d_out): what a unit of each of these latents (n,), without them of all, adds to the normalised output,
-        whatever its own sign or scale.
+        """(n, d_out): the direction in which each of these latents (n,), without them of all, moves the normalised output.
+
+        Its length is for the architecture to say, and no more than a scale: here it is what a unit of the latent adds; the
+        linear frame gives the rows of W_dec, also where latents are reported in units of those rows' norms.
         """
         latents = torch.arange(self.d_sae, device=self.device) if latents is None else latents.to(self.device)
         ones = torch.ones(len(latents), 1, dtype=self.dtype, device=self.device)
