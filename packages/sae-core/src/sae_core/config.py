@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 import types
 import typing
@@ -31,6 +32,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "FieldInfo",
     "Schedule",
+    "check_fields",
     "default_of",
     "describe_fields",
     "ends_of",
@@ -65,6 +67,47 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_fields(config: Any) -> None:
+    """Raise ConfigError for every field of a dataclass that is none of its choices, or no number, text or flag where one is
+    needed. Called first in ``__post_init__``, so that Python is told what a run file would be.
+
+    >>> @dataclass(frozen=True)
+    ... class Product:
+    ...     precision: typing.Literal["full", "bfloat16"] = "full"
+    ...     def __post_init__(self) -> None:
+    ...         check_fields(self)
+    >>> Product(precision="float32x")
+    Traceback (most recent call last):
+    sae_core.errors.ConfigError: precision must be one of 'full' | 'bfloat16', not 'float32x'
+    """
+    problems: list[str] = []
+    for name, kinds, choices, wanted in _simple_fields(type(config)):
+        value = getattr(config, name)
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+        if not fits and not any(type(value) is type(choice) and value == choice for choice in choices):
+            problems.append(f"{name} must be {'one of ' if choices else ''}{wanted}, not {value!r}")
+    require(not problems, "; ".join(problems))
+
+
+@cache
+def _simple_fields(config_class: type) -> list[tuple[str, tuple[type, ...], tuple[Any, ...], str]]:
+    """Of every field that takes only choices, numbers, text, flags, schedules and paths: name, classes, choices and type."""
+    try:
+        hints = typing.get_type_hints(config_class)
+    except NameError:  # of a class made inside a function, from names that are known there alone
+        return []
+    found: list[tuple[str, tuple[type, ...], tuple[Any, ...], str]] = []
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if _is_union(hint) else (hint,)
+        choices = tuple(c for m in members if typing.get_origin(m) is typing.Literal for c in typing.get_args(m))
+        others = [member for member in members if typing.get_origin(member) is not typing.Literal]
+        if all(other in _KINDS for other in others):
+            kinds = tuple(kind for other in others for kind in _KINDS[other])
+            found.append((field.name, kinds, choices, _type_name(hint)))
+    return found
 
 
 def distinct_numbers(rows: Sequence[int], what: str) -> list[int]:
@@ -148,6 +191,15 @@ class Schedule:
         return (self, *(() if self.then is None else self.then.pieces()))
 
 
+_KINDS: dict[Any, tuple[type, ...]] = {
+    int: (numbers.Integral,),
+    float: (numbers.Real,),
+    str: (str,),
+    bool: (bool,),
+    type(None): (type(None),),
+    Path: (Path, str),
+    Schedule: (Schedule,),
+}
 _ROUNDING = 1e-9
 _SHAPES = ("linear", "cosine", "exponential")
 
@@ -285,6 +337,7 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True)
     for kind, accepts in ((int, int), (float, (int, float)), (str, str), (bool, bool)):
         converter.register_structure_hook(kind, _strict(kind, accepts))
+    converter.register_structure_hook_func(_is_choice, _choice)
     converter.register_structure_hook(Path, lambda value, _: _path(value))
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Schedule, lambda value, _: _schedule(value))
@@ -300,6 +353,16 @@ def _strict(kind: type, accepts: type | tuple[type, ...]) -> typing.Callable[[An
         return kind(value)
 
     return check
+
+
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
+def _choice(value: Any, hint: Any) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in typing.get_args(hint)):
+        raise TypeError(f"expected {_type_name(hint)}, found {type(value).__name__} {value!r}")
+    return value
 
 
 def _path(value: Any) -> Path:

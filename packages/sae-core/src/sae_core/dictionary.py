@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from sae_core.codes import Codes, DenseCodes, SparseCodes
-from sae_core.config import option, require
+from sae_core.config import check_fields, option, require
 from sae_core.errors import ConfigError, DataError, ShapeError
 from sae_core.normalization import Normalization, NormalizationName, Units
 from sae_core.protocols import ActivationBatch
@@ -97,6 +97,7 @@ class SAEConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.d_in > 0, f"d_in must be positive, not {self.d_in}")
         require(self.d_sae > 0, f"d_sae must be positive, not {self.d_sae}")
         require(

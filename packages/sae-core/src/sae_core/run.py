@@ -31,7 +31,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 
-from sae_core.config import option, require, structure, unstructure
+from sae_core.config import check_fields, option, require, structure, unstructure
 from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError, FormatError, MissingDependencyError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
@@ -109,6 +109,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.sae is not None or len(self.saes) > 0, "missing key 'sae' (or saes: a list of several)")
         members_of(self.sae, self.saes, self.grid, self.train, self.seed)
         for key, component in [("source", self.source), *(("loggers", logger) for logger in self.loggers)]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, final
 
 import torch
 from sae_core import SAE
-from sae_core.config import option, require, structure
+from sae_core.config import check_fields, option, require, structure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, FormatError, did_you_mean
 from torch import Tensor
@@ -62,6 +62,7 @@ class CachedActivationsConfig:
     seed: int = option(default=0, help="seed of the shuffling")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("epochs", "buffer_rows"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive, not {value}")

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
-from sae_core.config import option, require, structure, unstructure
+from sae_core.config import check_fields, option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from sae_core.protocols import ActivationBatch
@@ -85,6 +85,7 @@ class ColumnsConfig:
     seed: int = option(default=0, help="seed of the shuffling")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("batch_rows", "buffer_rows", "epochs"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("exclude_first", "exclude_last"):

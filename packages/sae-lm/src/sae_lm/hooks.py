@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, final, runtime_checkable
 from weakref import WeakKeyDictionary
 
+from sae_core.config import check_fields
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from torch import Tensor, nn
 
@@ -38,6 +39,9 @@ class HookPoint:
 
     module: str
     at: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def parse(cls, text: str) -> HookPoint:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from sae_core import SAE
-from sae_core.config import option, require, structure, unstructure
+from sae_core.config import check_fields, option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError
 from sae_core.protocols import ActivationBatch, Memory
@@ -157,6 +157,7 @@ class HuggingFaceSourceConfig:
     seed: int = option(default=0, help="seed of the shuffling")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("context_size", "batch_prompts", "buffer_rows", "epochs"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(self.cache_limit_gb > 0, f"cache_limit_gb must be positive, not {self.cache_limit_gb}")
@@ -202,6 +203,7 @@ class HeldOutConfig:
     batch_prompts: int = option(default=8, help="windows that run through the model at once")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("tokens", "batch_prompts"):
             require(getattr(self, name) > 0, f"eval: {name} must be positive, not {getattr(self, name)}")
 

@@ -24,7 +24,7 @@ from typing import Any, cast, final
 import torch
 from sae_core import SAE
 from sae_core.codes import SparseCodes
-from sae_core.config import option, require, unstructure
+from sae_core.config import check_fields, option, require, unstructure
 from sae_core.errors import ConfigError, DataError, FormatError
 from sae_core.training.facts import named_architecture
 from torch import Tensor
@@ -71,6 +71,7 @@ class StudyConfig:
     save_minutes: float = option(default=5.0, help="minutes between saved states")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("tokens", "top", "bands", "snippet", "cofiring_pairs"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("sampled", "partners", "cofiring_positions", "logits", "save_minutes"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, final
 
-from sae_core.config import option, require
+from sae_core.config import check_fields, option, require
 from sae_core.errors import DataError
 
 from sae_lm.pretokenized import windows_of
@@ -54,6 +54,9 @@ class DatasetConfig:
     revision: str | None = option(default=None, help="branch, tag or commit of a Hub data set")
     data_files: tuple[str, ...] = option(default=(), help="files of the data set to read, by name or pattern")
     data_dir: str | None = option(default=None, help="folder inside the data set to read")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class TextConfig:
     held_out: float = option(default=0.05, help="fraction of the documents kept for evaluation, chosen by hash")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(0 <= self.held_out < 1, f"text: 'held_out' is a fraction in [0, 1), not {self.held_out}")
         if self.kind in ("stdlib", "mixture"):
             require(self.path is None, "text: 'path' needs kind: file or kind: dataset")

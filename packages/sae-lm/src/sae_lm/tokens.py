@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, Literal, Protocol, cast, final, runtime_checkable
 
 import torch
-from sae_core.config import option, require, unstructure
+from sae_core.config import check_fields, option, require, unstructure
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from torch import Tensor
 
@@ -89,6 +89,7 @@ class TokenPolicy:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("exclude_first", "exclude_last"):
             require(getattr(self, field) >= 0, f"tokens: {field!r} must not be negative, it is {getattr(self, field)}")
         concatenates = self.packing in ("auto", "concatenate")

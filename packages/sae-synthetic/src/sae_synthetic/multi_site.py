@@ -21,7 +21,7 @@ from typing import Any, cast, final
 
 import torch
 from sae_core import ActivationBatch, SparseCodes
-from sae_core.config import option, require
+from sae_core.config import check_fields, option, require
 from sae_core.errors import ConfigError, FormatError, did_you_mean
 from sae_core.format.files import read_safetensors
 from sae_core.format.write import write_atomically
@@ -91,6 +91,7 @@ class MultiSiteModelConfig:
     seed: int | None = option(default=None, help="decides everything; none is random")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         names = [*self.sites, *self.targets]
         require(bool(self.sites), "sites: give at least one, name: width")
         require(len(set(names)) == len(names), f"sites and targets share a name: {', '.join(names)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_core.config import option, require
+from sae_core.config import check_fields, option, require
 from sae_core.errors import ConfigError
 
 __all__ = ["WorldSourceConfig", "check_world", "new_world", "world_settings"]
@@ -54,6 +54,7 @@ def world_settings(config: WorldSourceConfig) -> dict[str, Any]:
 
 def check_world(config: WorldSourceConfig, needed: Sequence[str], make: Callable[[], object]) -> None:
     """Raise ConfigError unless there is a saved world or all `needed` settings of a new one, which `make` then accepts."""
+    check_fields(config)
     settings = world_settings(config)
     if config.model is not None:
         require(not settings, f"model: the saved world has its own {', '.join(settings)}; give one or the other")

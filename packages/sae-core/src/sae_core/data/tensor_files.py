@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, final
 import torch
 from torch import Tensor
 
-from sae_core.config import option, require
+from sae_core.config import check_fields, option, require
 from sae_core.errors import DataError
 from sae_core.format.files import read_safetensors
 from sae_core.protocols import ActivationBatch
@@ -51,6 +51,7 @@ class TensorFilesConfig:
     seed: int = option(default=0, help="seed of the order")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(len(self.paths) > 0, "paths must name at least one file or folder")
         require(self.epochs > 0, f"epochs must be positive, not {self.epochs}")
         require(0 <= self.held_out < 1, f"held_out is a fraction in [0, 1), not {self.held_out}")
@@ -65,6 +66,7 @@ class TensorFilesHeldOut:
     rows: int = option(default=65_536, help="rows measured on, the first of those held out")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.rows > 1, f"rows must be at least 2, not {self.rows}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_core.config import Schedule, ends_of, option, require
+from sae_core.config import Schedule, check_fields, ends_of, option, require
 
 __all__ = ["TrainConfig", "samples_of"]
 
@@ -78,6 +78,7 @@ class TrainConfig:
     progress_bar: bool = option(default=True, help="show a progress bar on stderr")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in (
             "total_samples",
             "batch_size",

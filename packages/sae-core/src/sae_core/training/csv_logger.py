@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, final
 
-from sae_core.config import option
+from sae_core.config import check_fields, option
 from sae_core.errors import FormatError
 from sae_core.protocols import RunFacts
 
@@ -29,6 +29,9 @@ class CsvConfig:
     label: bool = option(
         default=True, help="where a run has several dictionaries, a first column sae: NAME, as they share the file"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @final

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, final
 
-from sae_core.config import option
+from sae_core.config import check_fields, option
 from sae_core.errors import FormatError
 from sae_core.protocols import RunFacts
 
@@ -31,6 +31,9 @@ class JsonlConfig:
         default=True,
         help="where a run has several dictionaries, begin each line with sae: NAME, as they share the file",
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @final

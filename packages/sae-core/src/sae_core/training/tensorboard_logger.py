@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from sae_core.config import option
+from sae_core.config import check_fields, option
 from sae_core.errors import ConfigError, MissingDependencyError
 from sae_core.protocols import RunFacts
 from sae_core.training.log_names import LogNames, shown_as
@@ -31,6 +31,9 @@ class TensorBoardConfig:
     names: LogNames = option(
         default="sae_lens", help="names of the curves: sae_lens as its users know them, or sae_core"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @final

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from sae_core.config import option
+from sae_core.config import check_fields, option
 from sae_core.errors import MissingDependencyError
 from sae_core.protocols import RunFacts
 from sae_core.training.log_names import LogNames, shown_as
@@ -35,6 +35,9 @@ class WandbConfig:
     names: LogNames = option(
         default="sae_lens", help="names of the curves: sae_lens as its users know them, or sae_core"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @final
