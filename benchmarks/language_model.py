@@ -96,7 +96,9 @@ def loaded(name: str) -> tuple[Any, Any]:
 
     found = load(name, device="cpu")
     config = copy.deepcopy(found.model.config)
-    if hasattr(config, "quantization_config"):  # a .gguf file's weights are plain ones by now, but are not written as such
+    if hasattr(
+        config, "quantization_config"
+    ):  # a .gguf file's weights are plain ones by now, but are not written as such
         del config.quantization_config
     plain = type(found.model)(config)
     plain.load_state_dict(found.model.state_dict())
