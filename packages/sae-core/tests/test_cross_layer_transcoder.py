@@ -318,7 +318,7 @@ def test_no_tensor_has_the_decoders_zeros(tmp_path: Path) -> None:
     with Sizes():
         sae.training_step(ActivationBatch(x, x)).loss.backward()
         sae.save(tmp_path / "saved")
-    assert max(seen) == largest < 4 * sae.d_sae * sae.d_out
+    assert max(seen) <= largest < 4 * sae.d_sae * sae.d_out
 
 
 def test_leading_shapes_are_kept_and_decoding_sparse_and_dense_latents_agrees() -> None:

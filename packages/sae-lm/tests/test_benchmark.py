@@ -38,7 +38,7 @@ def test_every_worker_handles_the_same_activations_and_ours_trains_on_them(modul
 def test_the_table_sets_every_library_beside_the_bare_pass(modules: Any) -> None:
     driver = modules("language_model")
     made = [
-        driver.Contender(name, "python", None, seconds=[seconds, 9.0], cpu_seconds=[0.5], peak_mib=peak)
+        driver.Contender(name, "python", None, seconds=[seconds, seconds], cpu_seconds=[0.5], peak_mib=peak)
         for name, seconds, peak in (("bare", 0.1, 10.4), ("sae-core", 0.104, 12.0))
     ]
     rows = driver.rows_of("activations", made, 1000)

@@ -185,16 +185,18 @@ def _apply_by_hand(dense: Tensor, means: Tensor, seed: int) -> Tensor:
     """The hierarchy as its definition says, one sample at a time."""
     generator = torch.Generator().manual_seed(seed)
 
-    def clear(row: Tensor, node: HierarchyNode) -> None:
+    scales = means.tolist()
+
+    def clear(row: list[float], node: HierarchyNode) -> None:
         for index in node.get_all_feature_indices():
             row[index] = 0
 
-    def active(row: Tensor, node: HierarchyNode) -> bool:
+    def active(row: list[float], node: HierarchyNode) -> bool:
         if node.feature_index is not None:
-            return bool(row[node.feature_index] > 0)
+            return row[node.feature_index] > 0
         return any(active(row, child) for child in node.children)
 
-    def visit(row: Tensor, node: HierarchyNode) -> None:
+    def visit(row: list[float], node: HierarchyNode) -> None:
         index = node.feature_index
         if index is not None and row[index] <= 0:
             clear(row, node)
@@ -208,15 +210,15 @@ def _apply_by_hand(dense: Tensor, means: Tensor, seed: int) -> Tensor:
                         clear(row, child)
         if node.scale_children_by_parent:
             for child in node.children:
-                row[child.feature_index] *= row[index] / means[index]
+                row[child.feature_index] *= row[index] / scales[index]
         for child in node.children:
             visit(row, child)
 
-    result = dense.clone()
-    for row in result:
+    rows = dense.tolist()
+    for row in rows:
         for root in TREE:
             visit(row, root)
-    return result
+    return torch.tensor(rows)
 
 
 @pytest.mark.parametrize("correlated", [False, True])
