@@ -195,6 +195,14 @@ class EmptyMean(Plain):
         return found if found.numel() else torch.full((1, self.d_sae), torch.nan)
 
 
+class Interacting(Plain):
+    """What a latent writes depends on the others."""
+
+    def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
+        dense = codes.to_dense()
+        return dense @ self.W_dec * (1 + 0.1 * torch.sin(dense.sum(-1, keepdim=True))) + self.b_dec
+
+
 class SparseIsOther(Plain):
     """Its sparse latents are not its dense ones."""
 
@@ -614,6 +622,7 @@ MUTANTS: dict[str, tuple[type, str]] = {
     "check_seed": (ForgottenBias, "does not set all of 'b_dec'"),
     "check_shapes": (Squeezing, r"sae\(x\) of \(1, 16\) is \(16,\)"),
     "check_sparse_is_dense": (SparseIsOther, "differ by up to"),
+    "check_latents_add_up": (Interacting, "added up, and what all decode to: they differ"),
     "check_latents_are_distinct": (Twice, r"encode_sparse\(x\) name a latent twice"),
     "check_rows_are_independent": (BatchMean, "in parts and at once: they differ"),
     "check_repeatable": (Counting, "'calls' changed in eval mode"),

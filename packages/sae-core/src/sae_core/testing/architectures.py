@@ -36,6 +36,7 @@ __all__ = [
     "check_copies",
     "check_dtypes",
     "check_gradient_to_input",
+    "check_latents_add_up",
     "check_latents_are_distinct",
     "check_pickling",
     "check_repeatable",
@@ -242,6 +243,23 @@ def check_sparse_is_dense(subject: Subject) -> None:
     assert not torch.equal(dense[0], dense[1]), "two different inputs have the same latents"
 
 
+def check_latents_add_up(subject: Subject) -> None:
+    """What two halves of the latents decode to adds up to what all do, as latents that lie on several devices need.
+
+    `decode_rows` is a sum over latents beside what it gives when none is active. What acts on the sum, as a nonlinearity or a
+    norm, belongs to a normalisation; what makes a latent's part depend on other latents belongs to `encode_rows`.
+    """
+    sae = trained(subject)
+    x = batch_for(sae, 32)
+    dense = sae.encode(x)
+    first = (torch.arange(sae.d_sae) < sae.d_sae // 2).to(dense.dtype)
+    none = sae.decode(torch.zeros_like(dense), x)
+    apart = sum((sae.decode(dense * part, x) - none for part in (first, 1 - first)), none)
+    same(
+        apart, sae.decode(dense, x), "what two halves of the latents decode to, added up, and what all decode to", 1e-4
+    )
+
+
 def check_latents_are_distinct(subject: Subject) -> None:
     """Sparse codes name each latent at most once a row, in training too.
 
@@ -374,6 +392,7 @@ CHECKS: tuple[Check, ...] = (
     check_seed,
     check_shapes,
     check_sparse_is_dense,
+    check_latents_add_up,
     check_latents_are_distinct,
     check_rows_are_independent,
     check_repeatable,
