@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from sae_core.ops.screening import multiplies_bfloat16
 from tabulate import tabulate
 from workers.protocol import MARK, Spec
 
@@ -33,8 +35,8 @@ SCRIPTS = {
 
 ARCHITECTURES = {"sparsify": ("topk", "groupmax")}
 """Libraries that do not have all architectures; the others are asked."""
-BFLOAT16 = ("topk",)
-"""Cases in which this project is also measured with the encoder product in bfloat16."""
+IN_FULL = ("topk",)
+"""Cases in which this project is also measured with the full product, where the machine would screen it."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        return self.name + self.note + (", bf16 product" if self.spec.product == "bfloat16" else "")
+        return self.name + self.note + (", full product" if self.spec.product == "full" else "")
 
     @property
     def best(self) -> float:
@@ -268,8 +270,8 @@ def run_cases(
             **case,
         )
         contenders = [Contender(name, sys.executable, spec) for name in ("sae-core", "product")]
-        if title in BFLOAT16:  # peers have no such option
-            contenders.append(Contender("sae-core", sys.executable, dataclasses.replace(spec, product="bfloat16")))
+        if title in IN_FULL and task == "training" and multiplies_bfloat16(torch.device("cpu")):
+            contenders.append(Contender("sae-core", sys.executable, dataclasses.replace(spec, product="full")))
         if arguments.before is not None:
             there = arguments.before
             contenders.append(

@@ -1,4 +1,5 @@
-"""The bare encoder product, ``x W_enc`` and nothing else: what no dictionary of these shapes can be faster than."""
+"""The bare encoder product, ``x W_enc`` and nothing else: what no dictionary of these shapes can be faster than
+that computes all of it in float32."""
 
 from __future__ import annotations
 
@@ -8,12 +9,11 @@ from protocol import Job, Spec, serve
 
 def build(spec: Spec, x: torch.Tensor) -> Job:
     """One matrix product into a buffer that is there already."""
-    dtype = torch.bfloat16 if spec.product == "bfloat16" else torch.float32
-    W_enc = torch.randn(spec.d_sae, spec.d_in, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = torch.empty(spec.batch, spec.d_sae, dtype=dtype)
+    W_enc = torch.randn(spec.d_sae, spec.d_in, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(spec.batch, spec.d_sae)
 
     def step(batch: torch.Tensor) -> None:
-        torch.mm(batch.to(dtype), W_enc.t(), out=out)
+        torch.mm(batch, W_enc.t(), out=out)
 
     return Job(step, lambda: float(spec.d_sae))
 

@@ -39,7 +39,7 @@ class Spec:
     batch: int
     threads: int
     density: float | None = None
-    product: str = "full"
+    product: str = "auto"
     widths: tuple[int, ...] = ()
     dead: int = 0
     d_out: int | None = None

@@ -45,7 +45,7 @@ def build(spec: Spec, x: torch.Tensor) -> Job:
         total_samples=10**9,
         batch_size=spec.batch,
         lr=1e-5,
-        encoder_product="bfloat16" if spec.product == "bfloat16" else "full",
+        encoder_product="full" if spec.product == "full" else "auto",
         log_every_steps=2,
         progress_bar=False,
     )

@@ -13,7 +13,7 @@ from sae_core import SAE, TrainConfig, Trainer, create, hookimpl
 from sae_core.architectures.linear import LinearConfig, LinearSAE
 from sae_core.architectures.parts import times_norms, without_norms
 from sae_core.architectures.topk import TopKConfig
-from sae_core.codes import Codes
+from sae_core.codes import Codes, DenseCodes
 from sae_core.config import option
 from sae_core.errors import ConfigError, FormatError, PluginError, UnknownNameError
 from sae_core.plugins import (
@@ -263,9 +263,9 @@ def test_what_a_notebook_saved_says_who_provided_it_and_can_be_claimed(registere
     torch.testing.assert_close(claimed.W_enc, saved.W_enc)
 
 
-def test_a_low_precision_product_is_refused_where_it_makes_no_difference() -> None:
-    config = TrainConfig(total_samples=8, encoder_product="bfloat16")
-    with pytest.raises(ConfigError, match="encoder_product: bfloat16 makes no difference to matching_pursuit"):
+def test_the_form_of_a_product_is_refused_where_it_makes_no_difference() -> None:
+    config = TrainConfig(total_samples=8, encoder_product="full")
+    with pytest.raises(ConfigError, match="encoder_product: full makes no difference to matching_pursuit"):
         Trainer(create("matching_pursuit", d_in=6, d_sae=12), [], config)
 
 
@@ -307,23 +307,28 @@ def test_settings_of_training_come_back_whoever_provides_the_architecture(regist
     assert SAE.load(path).config == config
 
 
-def test_a_precision_that_an_objective_keeps_from_the_ops_is_refused_before_the_first_step(registered: Any) -> None:
+def test_a_form_of_the_product_that_an_objective_keeps_from_the_ops_is_refused_before_the_first_step(
+    registered: Any,
+) -> None:
     class Deaf(Ramp):
-        """Does not pass the context on."""
+        """Multiplies by itself."""
 
         architecture: ClassVar[str] = "deaf"
 
         def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
-            return super().objective(prepared, target, StepContext())
+            codes = DenseCodes(torch.relu(prepared.z @ self.W_enc + self.b_enc), prepared.leading_shape)
+            y_RO = self.decode_rows(codes, prepared)
+            loss = (y_RO - target).square().sum(-1).mean()
+            return StepOutput(loss, {"mse": loss}, codes, y_RO, target)
 
     registered(Ramp)
     registered(Deaf)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(total_samples=8, batch_size=8, encoder_product="bfloat16", progress_bar=False)
+    config = TrainConfig(total_samples=8, batch_size=8, encoder_product="full", progress_bar=False)
     Trainer(create("ramp", d_in=6, d_sae=12), [x], config).fit()
     deaf = create("deaf", d_in=6, d_sae=12)
     before = deaf.W_dec.clone()
-    with pytest.raises(ConfigError, match="encoder_product: bfloat16 makes no difference to deaf, whose objective"):
+    with pytest.raises(ConfigError, match="encoder_product: full makes no difference to deaf, whose objective"):
         Trainer(deaf, [x], config).fit()
     assert torch.equal(deaf.W_dec, before)
 

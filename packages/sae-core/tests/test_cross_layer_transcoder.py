@@ -16,6 +16,7 @@ from sae_core.architectures.cross_layer_transcoder import CrossLayerTranscoder
 from sae_core.codes import SparseCodes
 from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError
+from sae_core.ops.screening import encoder_products, tallied
 from sae_core.ops.ste import jump
 from sae_core.testing import run_checks
 from torch import Tensor
@@ -337,8 +338,10 @@ def test_half_precision_keeps_thresholds_and_runs_its_large_products_low() -> No
     assert sae.dtype == torch.bfloat16
     exact = made("topk").float().train()
     batch = ActivationBatch(*(part.float() for part in (pairs().inputs, cast("Tensor", pairs().targets))))
-    low = exact.training_step(batch, StepContext(product_dtype=torch.bfloat16))
-    torch.testing.assert_close(low.loss, exact.training_step(batch).loss)
+    with encoder_products("screened"), tallied() as tally:
+        screened = exact.training_step(batch, StepContext())
+    assert tally.rows
+    torch.testing.assert_close(screened.loss, exact.training_step(batch).loss)
 
 
 class Layers:

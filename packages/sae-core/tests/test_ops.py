@@ -237,26 +237,6 @@ def test_entries_are_sorted_by_latent_and_within_one_by_row() -> None:
     assert order.offsets.tolist() == [0, 2, 2, 4, 4]
 
 
-@pytest.mark.parametrize("selection", [TopK(8), AbsTopK(8), BatchTopK(8), Above(1.0)], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_bfloat16_product_chooses_what_full_precision_chooses(
-    selection: Selection, scaled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    g = torch.Generator().manual_seed(0)
-    x, W, b = torch.randn(64, 256, generator=g), torch.randn(1024, 256, generator=g) / 16, torch.zeros(1024)
-    if scaled and not isinstance(selection, Above):
-        selection = type(selection)(selection.k, torch.rand(1024, generator=g) + 0.5)
-    full = encode_entries(x, None, W, b, selection).to_dense()
-    low = encode_entries(x, None, W, b, selection, product_dtype=torch.bfloat16).to_dense()
-    if isinstance(selection, Above):
-        low = torch.where(low > 1.0, low, 0.0)  # those a little below come along
-    assert torch.allclose(full, low, atol=1e-5)
-    alone = torch.topk(x.bfloat16() @ W.bfloat16().t(), 8).indices
-    truth = torch.topk(x @ W.t(), 8).indices
-    assert alone.sort(-1).values.ne(truth.sort(-1).values).any()  # without the second look, the choice differs
-
-
 @pytest.mark.parametrize("density", [0.001, 1.0])
 def test_active_latents_are_the_same_in_dense_and_sparse_form(density: float) -> None:
     x, centre, W, b = problem(6, 4, 600, seed=9)

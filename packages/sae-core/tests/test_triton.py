@@ -22,6 +22,7 @@ from sae_core.codes import LatentMajor
 from sae_core.ops import bags, device
 from sae_core.ops.decode import decode, decode_and_norms, decode_prefixes
 from sae_core.ops.encode import encode_entries
+from sae_core.ops.screening import encoder_products
 from sae_core.ops.select import Above, Selection, TopK
 from torch import Tensor
 
@@ -157,7 +158,8 @@ def test_a_step_and_its_gradients_go_through_the_kernels(selection: Selection, f
 
 def test_candidates_of_a_bfloat16_product_are_recomputed_by_the_kernels(kernels: Recorder) -> None:
     x, W, b = (draw(seed, *shape).to(kernels.device) for seed, shape in enumerate([(4, 6), (40, 6), (40,)]))
-    codes = encode_entries(x, None, W, b, TopK(3), product_dtype=torch.bfloat16)
+    with encoder_products("screened"):
+        codes = encode_entries(x, None, W, b, TopK(3))
     expected = (x @ W.t() + b).gather(1, codes.indices.view(4, 3))
     assert torch.allclose(codes.values.view(4, 3), expected, atol=1e-5)
     assert kernels.calls == [DOTS]

@@ -124,13 +124,12 @@ class StepContext:
 
     `progress` is the fraction of training done, for schedules; `dead` holds the indices (n_dead,) of latents that have not
     fired for a while, or None; `density` is the recent mean fraction of active latents, or None at the start, from which
-    the ops choose their form; `product_dtype` is the dtype of the large encoder product, None for the parameters' own.
+    the ops choose their form.
     """
 
     progress: float = 0.0
     dead: Tensor | None = None
     density: float | None = None
-    product_dtype: torch.dtype | None = None
 
     @property
     def n_dead(self) -> int:
@@ -215,7 +214,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     `independent_latents`, a latent's value does not depend on the other latents, so that some of them can be loaded alone;
     `reads_sequences`, the dimension before the last is the position in a sequence, and rows cannot be shuffled;
     `starts_from_data`, `start_from` wants to see the first samples;
-    `has_encoder_product`, the large product of training goes through the ops with the context's `product_dtype`;
+    `has_encoder_product`, the large product of training goes through the ops (`encode_entries`, `encode_active`);
     `restarts_latents`, it implements the method `restart_latents`;
     `example`, the fields that a small instance (16 wide, 64 latents) needs besides, for the checks of `sae_core.testing`.
     """

@@ -67,15 +67,15 @@ class SwitchSAE(LinearSAE[SwitchConfig]):
         """(rows, experts): the router's probabilities."""
         return torch.softmax((z_RD - self.router_centre) @ self.router.t(), dim=-1)
 
-    def encode_rows(self, prepared: Prepared, context: StepContext | None = None) -> Codes:
+    def encode_rows(self, prepared: Prepared) -> Codes:
         """The k largest latents of each row's expert, times its probability; waits once for the device."""
-        k, n, dtype = self.config.k, self.config.experts, context.product_dtype if context else None
+        k, n = self.config.k, self.config.experts
         p_R, expert_R = self.routes(prepared.z).max(-1)
         order = expert_R.argsort(stable=True)
         groups = order.split(torch.bincount(expert_R, minlength=n).tolist())
         weights = self.encoder.view(n, -1, self.d_in).unbind(), self.get_parameter("b_enc").view(n, -1).unbind()
         kept = [
-            encode_entries(prepared.z[rows], self.centre(), W, b, TopK(k), product_dtype=dtype)
+            encode_entries(prepared.z[rows], self.centre(), W, b, TopK(k))
             for rows, W, b in zip(groups, *weights, strict=True)
         ]
         back, first_R = order.argsort(), expert_R * (self.d_sae // n)
@@ -85,7 +85,7 @@ class SwitchSAE(LinearSAE[SwitchConfig]):
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error, and the balance of the experts."""
-        codes = self.encode_rows(prepared, context)
+        codes = self.encode_rows(prepared)
         y_RD = self.to_loss_space(self.decode_rows(codes, prepared), prepared)
         p_RE = self.routes(prepared.z)
         shares_E = torch.nn.functional.one_hot(p_RE.argmax(-1), self.config.experts).to(p_RE.dtype).mean(0)

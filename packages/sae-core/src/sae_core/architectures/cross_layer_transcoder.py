@@ -185,6 +185,7 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
 
     architecture: ClassVar[str] = "cross_layer_transcoder"
     config_class: ClassVar[type[SAEConfig]] = CrossLayerTranscoderConfig
+    has_encoder_product: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"reads": {"a": 9, "b": 7}, "writes": {"x": 5, "y": 6}}
     AXES: ClassVar[Mapping[str, Axis]] = {  # a layer's tensors count that layer's latents, not all
         "encoder.*": Axis(None),
@@ -296,8 +297,7 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
                 density = float(torch.stack(found).mean())
         if not prefer_sparse(d_sae=self.d_sae, density=density, device=self.device):
             return joined([DenseCodes(encode_dense(z, None, W, b), (rows,)) for z, W, b, _ in layers])
-        dtype = context.product_dtype
-        return joined([encode_entries(z, None, W, b, Above(low), product_dtype=dtype) for z, W, b, low in layers])
+        return joined([encode_entries(z, None, W, b, Above(low)) for z, W, b, low in layers])
 
     def _thresholded(self, prepared: Prepared, floor: Tensor, context: StepContext) -> Codes:
         codes = self._above(prepared, floor, context)
@@ -311,7 +311,7 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
         What is kept over all layers is among what each layer alone would keep: so these are found first, without gradient,
         and the choice among them is then computed again as an ordinary selection of each layer.
         """
-        inputs, dtype, k = self._inputs(prepared), context.product_dtype, value_at(self.config.k or 0, context.progress)
+        inputs, k = self._inputs(prepared), value_at(self.config.k or 0, context.progress)
         scales = [None] * self.layers if norms is None else norms.split(self.per_layer)
         rule = BatchTopK if self.config.activation == "batchtopk" else _rounded_topk
         selections = [rule(k, scale) for scale in scales]
@@ -319,17 +319,13 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
         if self.config.k_counts == "all_layers" and self.layers > 1:
             with torch.no_grad():
                 found = [
-                    encode_entries(z, None, W, b, selection, product_dtype=dtype)
+                    encode_entries(z, None, W, b, selection)
                     for (z, W, b), selection in zip(layers, selections, strict=True)
                 ]
-                best = rule(k, norms).refine(_sparse(joined(found)))
+                best = rule(k, norms).among(_sparse(joined(found)))
             selections = [Given(_sparse(part)) for part in split(best, [self.per_layer] * self.layers)]
-            dtype = None  # what is given has exact values already
         kept = joined(
-            [
-                encode_entries(z, None, W, b, selection, product_dtype=dtype)
-                for (z, W, b), selection in zip(layers, selections, strict=True)
-            ]
+            [encode_entries(z, None, W, b, selection) for (z, W, b), selection in zip(layers, selections, strict=True)]
         )
         return _sparse(kept.map(torch.relu) if self.config.apply_relu else kept)
 

@@ -206,19 +206,17 @@ class LinearSAE(SAE[C], ABC):
     ) -> Codes:
         """Pre-activations h: those entries that `select` keeps, or at least all above `floor`, a number or (d_sae,).
 
-        `context` is that of the training step, for the form and the precision of the product; `encoder` stands in for the
-        parameter, as `parts.with_dead` asks.
+        `context` is that of the training step, for the form of the codes; `encoder` stands in for the parameter, as
+        `parts.with_dead` asks.
         """
         context = context or StepContext()
         weights = self.encoder if encoder is None else encoder
-        bias, dtype = self.get_parameter(self.biases[0]), context.product_dtype
+        bias = self.get_parameter(self.biases[0])
         if select is not None:
-            return encode_entries(prepared.z, self.centre(), weights, bias, select, product_dtype=dtype)
+            return encode_entries(prepared.z, self.centre(), weights, bias, select)
         if floor is None:
             raise TypeError("pre: say which entries are wanted, by floor= or select=")
-        return encode_active(
-            prepared.z, self.centre(), weights, bias, floor, density=context.density, product_dtype=dtype
-        )
+        return encode_active(prepared.z, self.centre(), weights, bias, floor, density=context.density)
 
     def select(
         self,

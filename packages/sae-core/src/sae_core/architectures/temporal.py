@@ -128,21 +128,21 @@ class TemporalSAE(SAE[TemporalConfig]):
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """The novel codes; the predicted ones are left in the batch's scratch space for `decode_rows`."""
-        return self._split(prepared, None, None)
+        return self._split(prepared, None)
 
     def decode_rows(self, codes: Codes, prepared: Prepared | None) -> Tensor:
         """The novel codes' part and, when the input is known, what its earlier positions predict."""
         y_RD = decode(codes, self.W_dec)
         if prepared is not None:
             if "predicted" not in prepared.scratch:
-                self._split(prepared, None, None)
+                self._split(prepared, None)
             y_RD = y_RD + prepared.scratch["predicted"]
         # Tied weights encode z - b_dec only if b_dec is subtracted; otherwise the decoder must not add it either.
         return y_RD if self.config.tied_weights and not self.config.apply_b_dec_to_input else y_RD + self.b_dec
 
     def objective(self, prepared: Prepared, target: Tensor, context: StepContext) -> StepOutput:
         """Squared error of prediction and novel part together, plus the L1 penalty on the novel latents."""
-        codes = self._split(prepared, context.density, context.product_dtype)
+        codes = self._split(prepared, context.density)
         reconstruction = self.to_loss_space(self.decode_rows(codes, prepared), prepared)
         losses = {"mse": squared_error(reconstruction, target)}
         coefficient = value_at(self.config.l1_coefficient, context.progress)
@@ -167,7 +167,7 @@ class TemporalSAE(SAE[TemporalConfig]):
         """b_dec starts at the centre of the activations."""
         self.b_dec.copy_(centre_O)
 
-    def _split(self, prepared: Prepared, density: float | None, product_dtype: torch.dtype | None) -> Codes:
+    def _split(self, prepared: Prepared, density: float | None) -> Codes:
         """Novel codes of all rows; the prediction in input space goes to ``scratch["predicted"]``."""
         encoder = self.W_dec if self.encoder is None else self.encoder
         lam = 1 / (4 * self.d_in)
@@ -186,9 +186,9 @@ class TemporalSAE(SAE[TemporalConfig]):
         no_bias = left_RD.new_zeros(self.d_sae)
         k = self.config.kval_topk if self.config.sae_diff_type == "topk" else None
         if k is not None:
-            codes = encode_entries(left_RD, None, encoder, no_bias, TopK(k), product_dtype=product_dtype)
+            codes = encode_entries(left_RD, None, encoder, no_bias, TopK(k))
             return codes.map(torch.relu)
-        codes = encode_active(left_RD, None, encoder, no_bias, 0.0, density=density, product_dtype=product_dtype)
+        codes = encode_active(left_RD, None, encoder, no_bias, 0.0, density=density)
         return codes.map(torch.relu)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sae_core.codes import Codes, DenseCodes
 from sae_core.ops.dispatch import prefer_sparse
-from sae_core.ops.encode import encode_dense, encode_entries, heeded
+from sae_core.ops.encode import encode_dense, encode_entries
+from sae_core.ops.screening import ask
 from sae_core.ops.select import Above
 
 __all__ = ["encode_active"]
@@ -27,18 +28,17 @@ def encode_active(
     threshold: Tensor | float,
     *,
     density: float | None = None,
-    product_dtype: torch.dtype | None = None,
 ) -> Codes:
     """Pre-activations of at least the entries strictly above `threshold`, a number or (d_sae,).
 
     Dense codes hold all pre-activations, sparse ones just those above. `density` is the expected fraction of active
     latents; without it the first rows are looked at.
     """
-    heeded(product_dtype)  # of no use to dense codes, which this step's may be and the next one's not
+    ask()  # dense codes do not care, which this step's may be and the next one's not
     if density is None and x_RD.device.type == "cpu" and x_RD.shape[0] > 4 * _PROBE_ROWS:
         with torch.no_grad():
             probe = encode_dense(x_RD[:_PROBE_ROWS], centre_D, W_FD, b_F) > threshold
             density = float(probe.float().mean())
     if prefer_sparse(d_sae=W_FD.shape[0], density=density, device=x_RD.device):
-        return encode_entries(x_RD, centre_D, W_FD, b_F, Above(threshold), product_dtype=product_dtype)
+        return encode_entries(x_RD, centre_D, W_FD, b_F, Above(threshold))
     return DenseCodes(encode_dense(x_RD, centre_D, W_FD, b_F), (x_RD.shape[0],))

@@ -11,15 +11,18 @@ kept out belongs to the result. If not (the first rows were unlike the rest), al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
+from sae_core.ops.certified import Proposed, proposed_above
 from sae_core.ops.largest import above
 from sae_core.ops.product import EncoderProduct
+from sae_core.ops.screened import Screened
+from sae_core.ops.screening import count
 
 __all__ = ["BatchTopK"]
 
@@ -27,7 +30,8 @@ _SAMPLE_ROWS = 32
 _GUESS_ROOM = 2.0  # the guess lets through this many times what is wanted of the sample
 _MAX_CANDIDATES = 4  # times what is wanted; more are cut back to what is wanted
 _PIECE_ENTRIES = 2**20
-_GENEROUS = 1.125
+_BOUNDS_GUESS_ROOM = 4.0  # bounds lie above ranks, so that more of them exceed the same number
+_WIDE = 3  # of this many times what is wanted, the largest bounds stay when there are too many candidates
 
 
 @final
@@ -53,10 +57,34 @@ class BatchTopK:
             found, _ = self._gather(product, total, guess=False)
         return found.best(total).codes(product.rows, product.d_sae)
 
-    def generous(self) -> BatchTopK:
-        return replace(self, k=self.k * _GENEROUS, scale=None)
+    @property
+    def threshold(self) -> None:
+        return None
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
+    @property
+    def wanted(self) -> float:
+        return self.k
+
+    def screen(self, product: Screened) -> SparseCodes:
+        """Entries whose bounds are above a guess are candidates. If the least value kept of them is above all other bounds,
+        that is proved; if not, it says how low the guess must be.
+        """
+        total = self._total(product.rows, product.d_sae)
+        if not total:
+            return self(product.full())
+        floor = torch.maximum(product.nothing, self._guessed_bound(product))
+        proposed = proposed_above(product, floor, most=int(_WIDE * total))
+        best, left, computed = self._best_of(product, proposed, total, all_of_them=False)
+        least = _least(best, total)
+        if not bool(least >= product.rounding.above(left) + product.tiny):
+            proposed = proposed_above(product, torch.maximum(product.nothing, product.below(least)))
+            best, _, more = self._best_of(product, proposed, total, all_of_them=True)
+            computed += more
+        count(product.rows, proposed.full.sum(), computed)
+        return best.codes(product.rows, product.d_sae)
+
+    def among(self, codes: SparseCodes) -> SparseCodes:
+        """The same choice among entries that are known already."""
         position = codes.row_ids() * codes.d_sae + codes.indices
         rank = codes.values if self.scale is None else codes.values * self.scale[codes.indices]
         best = _Candidates(rank, codes.values, position).best(self._total(codes.rows, codes.d_sae))
@@ -95,6 +123,40 @@ class BatchTopK:
         rank_RF = pre_RF if scale is None else pre_RF * scale
         return max(0.0, float(_kth_largest(rank_RF.reshape(-1), wanted)))
 
+    def _guessed_bound(self, product: Screened) -> Tensor:
+        """The same for bounds, with more room; it need not be right."""
+        bounds = product.bounds(slice(0, _SAMPLE_ROWS)).reshape(-1)
+        wanted = int(self.k * min(_SAMPLE_ROWS, product.rows) * _BOUNDS_GUESS_ROOM) + 1
+        return product.nothing if wanted >= bounds.numel() else _kth_largest(bounds, wanted)
+
+    def _best_of(
+        self, product: Screened, proposed: Proposed, total: int, *, all_of_them: bool
+    ) -> tuple[_Candidates, Tensor, int]:
+        """The `total` best by their values, the largest bound of all that were not computed, and how many were."""
+        position, left = proposed.positions, proposed.floor
+        row, latent = position.div(product.d_sae, rounding_mode="floor"), position % product.d_sae
+        if not all_of_them and position.numel() > total:
+            least = product.rounding.beneath(proposed.bounds) - 2 * product.errors(row, latent)
+            needed = proposed.bounds >= product.below(_kth_largest(least, total))
+            left = torch.maximum(left, proposed.bounds.masked_fill(needed, -torch.inf).amax())
+            position, row, latent = position[needed], row[needed], latent[needed]
+        value = product.values(row, latent)
+        rank = value if self.scale is None else value * self.scale.to(value.dtype)[latent]
+        found = _Candidates(rank, value, position)
+        rows = proposed.full.nonzero().squeeze(1)
+        if len(rows):
+            found = _Candidates.joined([found, self._best_of_rows(product, rows, total)]).in_order()
+        return found.best(total), left, len(value)
+
+    def _best_of_rows(self, product: Screened, rows: Tensor, total: int) -> _Candidates:
+        """Of rows that are computed in full, all that may be among the `total` best."""
+        full = product.full(rows)
+        found, proved = self._gather(full, total, guess=False)
+        assert proved
+        best = found.best(total)
+        row = best.position.div(product.d_sae, rounding_mode="floor")
+        return _Candidates(best.rank, best.value, rows[row] * product.d_sae + best.position % product.d_sae)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Candidates:
@@ -115,6 +177,10 @@ class _Candidates:
             torch.cat([part.value for part in parts]),
             torch.cat([part.position for part in parts]),
         )
+
+    def in_order(self) -> _Candidates:
+        order = self.position.argsort()
+        return _Candidates(self.rank[order], self.value[order], self.position[order])
 
     def best(self, total: int) -> _Candidates:
         """The `total` largest that are positive; of those equal to the smallest, the first."""
@@ -139,6 +205,11 @@ def _per_latent(floor: float, scale: Tensor | None) -> Tensor | float:
         return floor
     lowest = torch.where(scale > 0, floor / scale, torch.inf)
     return lowest - 4 * torch.finfo(scale.dtype).eps * lowest if floor else lowest
+
+
+def _least(best: _Candidates, total: int) -> Tensor:
+    """What the total-th largest positive rank is at least, from the best that were found."""
+    return best.rank.min() if best.rank.numel() == total else best.rank.new_zeros(())
 
 
 def _kth_largest(rank: Tensor, k: int) -> Tensor:

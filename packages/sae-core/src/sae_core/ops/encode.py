@@ -17,45 +17,21 @@ The encoder is latent-major here, (d_sae, d_in), the transpose of the field's W_
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
-from sae_core.ops.bags import entry_dots, latent_bags, row_bags
+from sae_core.ops.bags import latent_bags, row_bags
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
 from sae_core.ops.mixed import dense_dtype, dense_product
 from sae_core.ops.product import EncoderProduct
-from sae_core.ops.select import Selection
+from sae_core.ops.screened import Screened
+from sae_core.ops.screening import ask, is_screened
+from sae_core.ops.select import CertifiedSelection, Selection
 
-__all__ = ["encode_dense", "encode_entries", "heeded", "heeds"]
-
-_CAST_ROWS = 1024
-
-
-_HEEDED: ContextVar[list[torch.dtype] | None] = ContextVar("precisions that products were asked for", default=None)
-
-
-@contextmanager
-def heeds() -> Generator[list[torch.dtype]]:
-    """Collects every `product_dtype` that an op is given within: whoever offers one learns whether anybody took it."""
-    found: list[torch.dtype] = []
-    token = _HEEDED.set(found)
-    try:
-        yield found
-    finally:
-        _HEEDED.reset(token)
-
-
-def heeded(product_dtype: torch.dtype | None) -> None:
-    """Called by every op that takes a `product_dtype`."""
-    found = _HEEDED.get()
-    if found is not None and product_dtype is not None:
-        found.append(product_dtype)
+__all__ = ["encode_dense", "encode_entries"]
 
 
 def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
@@ -69,17 +45,14 @@ def encode_entries(
     W_FD: Tensor,
     b_F: Tensor,
     selection: Selection,
-    *,
-    product_dtype: torch.dtype | None = None,
 ) -> SparseCodes:
     """Pre-activations of the selected entries, as codes whose values carry gradient to all four tensors.
 
-    With `product_dtype` (bfloat16, say) the large product runs in that dtype and proposes entries, somewhat more than asked
-    for; these are recomputed in full precision, and the selection is made among them by their exact values.
+    Where the hardware is made for it, or whoever calls asks for it by `encoder_products`, the large product is screened: it
+    runs in bfloat16, gives bounds instead of values, and the selection is made among values in float32 nevertheless.
     """
-    heeded(product_dtype)
     selected: list[SparseCodes] = []
-    values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_FD, b_F, selection, product_dtype, selected))
+    values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_FD, b_F, selection, selected))
     return selected[0].with_values(values)
 
 
@@ -121,17 +94,10 @@ class _EncodeEntries(torch.autograd.Function):
         W_FD: Tensor,
         b_F: Tensor,
         selection: Selection,
-        product_dtype: torch.dtype | None,
         selected: list[SparseCodes],
     ) -> Tensor:
         centred = x_RD if centre_D is None else x_RD - centre_D
-        if product_dtype is None or product_dtype == W_FD.dtype:
-            codes = selection(EncoderProduct(centred, W_FD, b_F))
-        else:
-            product = EncoderProduct(centred, *_scaled(W_FD, b_F, selection.scale, product_dtype))
-            codes = selection.generous()(product)
-            exact = entry_dots(centred, W_FD, codes.latent_major()) + b_F[codes.indices]
-            codes = selection.refine(codes.with_values(exact))
+        codes = _chosen(centred, W_FD, b_F, selection)
         ctx.save_for_backward(centred, W_FD)
         ctx.codes = codes  # shared with the caller, so that encoder and decoder sort the entries once between them
         selected.append(codes)
@@ -153,16 +119,19 @@ class _EncodeEntries(torch.autograd.Function):
             grad_centre = -(grad_b @ W_FD)
         if needs_x:
             grad_x = row_bags(grad_values, codes.indices, codes.row_offsets(), W_FD)
-        return grad_x, grad_centre, grad_W, grad_b, None, None, None
+        return grad_x, grad_centre, grad_W, grad_b, None, None
 
 
-def _scaled(W_FD: Tensor, b_F: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Encoder weights and biases times `scale` (d_sae,), in `dtype`; no copy in full precision is made on the way."""
-    if scale is None:
-        return W_FD.to(dtype), b_F.to(dtype)
-    scaled = torch.empty_like(W_FD, dtype=dtype)
-    for out, rows, factors in zip(
-        scaled.split(_CAST_ROWS), W_FD.split(_CAST_ROWS), scale.unsqueeze(-1).split(_CAST_ROWS), strict=True
-    ):
-        out.copy_(rows * factors)
-    return scaled, (b_F * scale).to(dtype)
+def _chosen(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) -> SparseCodes:
+    if isinstance(selection, CertifiedSelection):
+        ask()
+        if is_screened(
+            rows=centred.shape[0],
+            d_sae=W_FD.shape[0],
+            d_in=W_FD.shape[1],
+            wanted=selection.wanted,
+            dtype=torch.promote_types(centred.dtype, W_FD.dtype),
+            device=centred.device,
+        ):
+            return selection.screen(Screened(centred, W_FD, b_F, scale=selection.scale, threshold=selection.threshold))
+    return selection(EncoderProduct(centred, W_FD, b_F))

@@ -83,19 +83,11 @@ def sum_of_tails(parts: Sequence[Tensor]) -> Tensor:
 class Given:
     """A selection that was made before: of this product, exactly these entries."""
 
-    scale: Tensor | None = None
-
     def __init__(self, codes: SparseCodes) -> None:
         self.codes = codes
 
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         return self.codes
-
-    def generous(self) -> Given:
-        return self
-
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        return codes
 
 
 class _SumOfTails(torch.autograd.Function):

@@ -4,8 +4,8 @@ A selection gets the encoder product block by block and returns the entries to k
 transform: the values it returns are the pre-activations themselves, so that the caller's activation function and its
 gradient are ordinary elementwise code on the few entries that remain.
 
-When the product runs in low precision it may only propose: `generous` is the same selection with room for error, and
-`refine` makes the choice among what that one kept, whose values are exact by then.
+Where the product runs in low precision it only proposes, and `screen` is the same selection: of values in float32, computed
+where they may matter, with a proof for everything left out (`sae_core.ops.screened`).
 """
 
 # R rows, F d_sae, K kept entries a row
@@ -13,41 +13,52 @@ When the product runs in low precision it may only propose: `generous` is the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol, final
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
+from sae_core.ops.certified import above_threshold, best_of_groups, largest_of_rows
 from sae_core.ops.largest import above, largest
 from sae_core.ops.product import EncoderProduct
+from sae_core.ops.screened import Screened
 
-__all__ = ["Above", "AbsTopK", "GroupMax", "Selection", "TopK"]
+__all__ = ["Above", "AbsTopK", "CertifiedSelection", "GroupMax", "Selection", "TopK"]
 
 _PIECE_BYTES = 4 * 2**20  # on a CPU rows are ranked in pieces that stay in the cache
-_GENEROUS = 1.125  # of 16 384 entries chosen by a bfloat16 product, 1.2 % differ without room, and none with this much
-_TOLERANCE = 2.0**-6
 
 
 class Selection(Protocol):
     """Chooses entries of pre-activations."""
+
+    def __call__(self, product: EncoderProduct) -> SparseCodes:
+        """The chosen entries, with their pre-activations as values."""
+        ...
+
+
+@runtime_checkable
+class CertifiedSelection(Selection, Protocol):
+    """A selection that can also be made from bounds."""
 
     @property
     def scale(self) -> Tensor | None:
         """(d_sae,) what entries are multiplied by to rank them, or None."""
         ...
 
-    def __call__(self, product: EncoderProduct) -> SparseCodes:
-        """The chosen entries, with their pre-activations as values."""
+    @property
+    def threshold(self) -> Tensor | float | None:
+        """What is subtracted from ranks, a number or (d_sae,), or None."""
         ...
 
-    def generous(self) -> Selection:
-        """A selection from a product that is scaled already; almost surely it keeps what this one would, were that exact."""
+    @property
+    def wanted(self) -> float:
+        """How many entries of a row are kept, as far as that is known."""
         ...
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        """The choice among the entries that `generous` kept, by their exact values."""
+    def screen(self, product: Screened) -> SparseCodes:
+        """As from a full product; see `sae_core.ops.screened` for where they may differ."""
         ...
 
 
@@ -67,11 +78,24 @@ class TopK:
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         return _by_rank(product, self.k, self.scale, _identity)
 
-    def generous(self) -> TopK:
-        return replace(self, k=_wider(self.k), scale=None)
+    @property
+    def threshold(self) -> None:
+        return None
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        return _refine_by_rank(codes, self.k, self.scale, _identity)
+    @property
+    def wanted(self) -> float:
+        return self.k
+
+    def screen(self, product: Screened) -> SparseCodes:
+        return largest_of_rows(product, self.k, self.scale, signed=True, select=self)
+
+    def among(self, codes: SparseCodes) -> SparseCodes:
+        """The same choice among entries that are known already, the same number in every row."""
+        assert codes.k is not None
+        value_RK, index_RK = codes.values.view(-1, codes.k), codes.indices.view(-1, codes.k)
+        rank_RK = value_RK if self.scale is None else value_RK * self.scale[index_RK]
+        best = torch.topk(rank_RK, min(self.k, codes.k), dim=-1, sorted=False).indices
+        return SparseCodes.regular(value_RK.gather(-1, best), index_RK.gather(-1, best), codes.d_sae)
 
 
 @final
@@ -90,11 +114,16 @@ class AbsTopK:
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         return _by_rank(product, self.k, self.scale, torch.abs)
 
-    def generous(self) -> AbsTopK:
-        return replace(self, k=_wider(self.k), scale=None)
+    @property
+    def threshold(self) -> None:
+        return None
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        return _refine_by_rank(codes, self.k, self.scale, torch.abs)
+    @property
+    def wanted(self) -> float:
+        return self.k
+
+    def screen(self, product: Screened) -> SparseCodes:
+        return largest_of_rows(product, self.k, self.scale, signed=False, select=self)
 
 
 @final
@@ -123,13 +152,16 @@ class GroupMax:
             indices.append(index_RK.reshape(-1))
         return SparseCodes(torch.cat(values), torch.cat(indices), (product.rows,), product.d_sae, k=self.k)
 
-    def generous(self) -> GroupMax:
-        return replace(
-            self, scale=None
-        )  # a group's runner-up in low precision is as good as its winner; no more than one may stay
+    @property
+    def threshold(self) -> None:
+        return None
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        return codes
+    @property
+    def wanted(self) -> float:
+        return self.k
+
+    def screen(self, product: Screened) -> SparseCodes:
+        return best_of_groups(product, self.k, self.scale, select=self)
 
 
 @final
@@ -165,19 +197,20 @@ class Above:
         torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
         return SparseCodes(torch.cat(values), torch.cat(indices), (product.rows,), product.d_sae, offsets)
 
-    def generous(self) -> Above:
-        return Above(self.threshold - _TOLERANCE * abs(self.threshold))
+    @property
+    def wanted(self) -> float:
+        return 0.0
 
-    def refine(self, codes: SparseCodes) -> SparseCodes:
-        return codes  # some lie below the threshold; whoever asks for entries above one handles those anyway
+    def screen(self, product: Screened) -> SparseCodes:
+        return above_threshold(product, keep=self._keeps, select=self)
+
+    def _keeps(self, values_E: Tensor, latents_E: Tensor) -> Tensor:
+        threshold = self.threshold
+        return values_E > (threshold.to(values_E.dtype)[latents_E] if isinstance(threshold, Tensor) else threshold)
 
 
 def _identity(pre: Tensor) -> Tensor:
     return pre
-
-
-def _wider(k: int) -> int:
-    return int(k * _GENEROUS) + 1
 
 
 def _ranked(
@@ -205,11 +238,3 @@ def _by_rank(product: EncoderProduct, k: int, scale: Tensor | None, size: Callab
         values.append(value_RK if ranked_RF is pre_RF else pre_RF.gather(-1, index_RK))
         indices.append(index_RK)
     return SparseCodes.regular(torch.cat(values), torch.cat(indices), product.d_sae)
-
-
-def _refine_by_rank(codes: SparseCodes, k: int, scale: Tensor | None, size: Callable[[Tensor], Tensor]) -> SparseCodes:
-    assert codes.k is not None
-    value_RK, index_RK = codes.values.view(-1, codes.k), codes.indices.view(-1, codes.k)
-    rank_RK = size(value_RK) if scale is None else size(value_RK) * scale[index_RK]
-    best = torch.topk(rank_RK, min(k, codes.k), dim=-1, sorted=False).indices
-    return SparseCodes.regular(value_RK.gather(-1, best), index_RK.gather(-1, best), codes.d_sae)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import ConfigError
+from sae_core.ops.screening import encoder_products, tallied
 from sae_core.protocols import ActivationBatch, RunFacts
 from sae_core.sae import SAE, StepContext, StepOutput
 from sae_core.testing.architecture_files import NORMALIZATIONS
@@ -168,10 +169,10 @@ def _step(
 
 
 def check_training_precisions(subject: Subject) -> None:
-    """Training works in double and in half precision, and with a product in half precision where that is claimed.
+    """Training works in double and in half precision, and with a screened product where that is claimed.
 
     Tensors made inside the objective must take dtype and device of those around them. With `has_encoder_product`, the large
-    product follows the context's `product_dtype`.
+    product is left to the ops, which propose in bfloat16 and decide in float32.
     """
     for dtype in (torch.float64, torch.bfloat16):
         sae: SAE = subject.new().to(dtype).train()
@@ -195,12 +196,12 @@ def check_training_precisions(subject: Subject) -> None:
             sae = subject.new(d_sae=512)  # narrower ones may do without
         sae.train()
         batch = pairs_for(sae, 64)
-        exact = sae.training_step(batch, StepContext(density=0.001)).reconstruction
-        rough = sae.training_step(batch, StepContext(density=0.001, product_dtype=torch.bfloat16)).reconstruction
-        assert not torch.equal(exact, rough), (
-            "has_encoder_product is said, but a product_dtype in the context makes no difference"
-        )
-        same(rough, exact, "the reconstruction with product_dtype bfloat16 and without", 0.1)
+        with encoder_products("full"):
+            exact = sae.training_step(batch, StepContext(density=0.001)).reconstruction
+        with encoder_products("screened"), tallied() as tally:
+            screened = sae.training_step(batch, StepContext(density=0.001)).reconstruction
+        assert tally.rows, "has_encoder_product is said, but no product of the training step goes through the ops"
+        same(screened, exact, "the reconstruction with a screened product and a full one", 1e-3)
 
 
 def check_after_step(subject: Subject) -> None:

@@ -59,14 +59,15 @@ class TrainConfig:
     init_b_dec: Literal["zeros", "mean", "geometric_median"] = option(
         default="geometric_median", help="where b_dec starts, estimated from init_samples"
     )
-    encoder_product: Literal["full", "bfloat16"] = option(
-        default="full",
-        help="precision of the large encoder product; bfloat16 is faster and may change which latents are chosen",
+    encoder_product: Literal["auto", "full"] = option(
+        default="auto",
+        help="auto: where the hardware is made for it, bfloat16 proposes latents and float32 decides, with a proof that the "
+        "choice is the same; full: the large encoder product is always in the precision of the parameters",
     )
     precision: Literal["full", "bfloat16"] = option(
         default="full",
-        help="bfloat16: mixed precision, dense products are computed in it; weights, thresholds, optimiser and losses keep the "
-        "precision of the parameters",
+        help="bfloat16: mixed precision, dense products are computed in it, and it proposes latents on any hardware; weights, "
+        "thresholds, optimiser and losses keep the precision of the parameters",
     )
     checkpoint_every_samples: int | float | None = option(
         default=None, help="samples, or a fraction of the run, between checkpoints; null goes by minutes alone"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, final
 
 import torch
@@ -19,8 +20,8 @@ from sae_core.config import ends_of, require, structure, unstructure, value_at
 from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
-from sae_core.ops.encode import heeds
 from sae_core.ops.mixed import dense_products_in
+from sae_core.ops.screening import ProductForm, encoder_products, may_screen, tallied
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
@@ -31,10 +32,13 @@ from sae_core.training.row_blocks import StepResult, forward_and_backward
 from sae_core.training.schedules import learning_rate_factor
 from sae_core.training.steering import CoefficientSteering
 
-__all__ = ["DivergedError", "Learner", "Record", "geometric_median"]
+__all__ = ["UNCERTAIN_ROWS", "DivergedError", "Learner", "Record", "geometric_median"]
 
 Record = dict[str, float | None]
 """One flush: step, samples, lr, loss and its terms, and what is measured; None for what is not known yet."""
+
+UNCERTAIN_ROWS = "uncertain_rows"
+"""The metric of steps with screened products: the share of rows that had to be computed in full."""
 
 _FAR_BELOW_ZERO = -10.0
 _ERROR_GREW = 10.0
@@ -55,7 +59,7 @@ class Learner:
 
     def __init__(self, sae: SAE, config: TrainConfig, wiring: Wiring | None = None) -> None:
         require(
-            config.encoder_product == "full" or sae.has_encoder_product,
+            config.encoder_product == "auto" or sae.has_encoder_product,
             f"encoder_product: {config.encoder_product} makes no difference to {sae.architecture}, which has no large encoder "
             "product of the ops; remove it",
         )
@@ -149,7 +153,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
         gathers = self.config.gradient_accumulation_steps > 1
         with dense_products_in(torch.bfloat16 if self.config.precision == "bfloat16" else None):
-            result = forward_and_backward(self.sae, placed, context, weight=rows if gathers else 1.0)
+            result = self._passes(placed, context, rows if gathers else 1.0)
         if not gathers or self._all_gathered(rows):
             clip = self.config.grad_clip_norm
             clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
@@ -169,6 +173,25 @@ class Learner:
         if self._resampling_is_due(rows):
             self._resample(placed, result)
         return result
+
+    def _passes(self, batch: ActivationBatch, context: StepContext, weight: float) -> StepResult:
+        """Forward and backward; where products may be screened, with the share of rows that had to be computed in full."""
+        with encoder_products(self._form), tallied() as tally:
+            result = forward_and_backward(self.sae, batch, context, weight=weight)
+        if not (self._screens and tally.asked):
+            return result
+        return replace(result, metrics={**result.metrics, UNCERTAIN_ROWS: tally.share(self.sae.device)})
+
+    @property
+    def _form(self) -> ProductForm:
+        if self.config.encoder_product == "auto" and self.config.precision == "bfloat16":
+            return "screened"
+        return self.config.encoder_product
+
+    @property
+    def _screens(self) -> bool:
+        with encoder_products(self._form):
+            return may_screen(self.sae.device, self.sae.dtype)
 
     def _all_gathered(self, rows: int) -> bool:
         """Count a batch's gradients, which are sums over rows, and make the mean of them when enough have come together."""
@@ -328,9 +351,6 @@ class Learner:
             progress=min(self.samples / self.config.total_samples, 1.0),
             dead=dead,
             density=self.density,
-            product_dtype=torch.bfloat16
-            if "bfloat16" in (self.config.encoder_product, self.config.precision)
-            else None,
         )
 
     def _set_optimizer(self, rows: int, progress: float) -> None:
@@ -353,14 +373,15 @@ class Learner:
         few = ActivationBatch(batch.inputs[:2], None if batch.targets is None else batch.targets[:2])
         self.sae.eval()  # running statistics stay as they are
         context = self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device))
-        with heeds() as precisions:
+        with encoder_products(self._form), tallied() as tally:
             output = self.sae.training_step(few, context)
         require(
-            self.config.encoder_product == "full" or len(precisions) > 0,
+            self.config.encoder_product == "auto" or tally.asked > 0,
             f"encoder_product: {self.config.encoder_product} makes no difference to {self.sae.architecture}, whose objective "
-            "does not give the context's product_dtype to the ops; remove it",
+            "does not leave the product to the ops; remove it",
         )
-        self.window.announce(output.losses, output.metrics)
+        counted = {UNCERTAIN_ROWS: tally.share(self.sae.device)} if self._screens and tally.asked else {}
+        self.window.announce(output.losses, {**output.metrics, **counted})
         self.sae.train(was)
 
     def _placed(self, batch: Batch, first_sample: int | None = None) -> ActivationBatch:
