@@ -1,4 +1,4 @@
-"""The workspace: five packages that fit together and are laid out alike."""
+"""The workspace: six packages that fit together and are laid out alike."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ PROJECTS = {folder.name: project(folder)["project"] for folder in MEMBERS}
 each_member = pytest.mark.parametrize("folder", MEMBERS, ids=lambda folder: folder.name)
 
 
-def test_the_members_are_the_five_packages() -> None:
-    names = ["sae-core", "sae-lm", "sae-loaders-gemmascope", "sae-pretrained", "sae-synthetic"]
+def test_the_members_are_the_six_packages() -> None:
+    names = ["sae-core", "sae-explorer", "sae-lm", "sae-loaders-gemmascope", "sae-pretrained", "sae-synthetic"]
     assert list(PROJECTS) == names
     assert [settings["name"] for settings in PROJECTS.values()] == names
 

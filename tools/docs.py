@@ -16,7 +16,7 @@ from typing import Any, cast
 DOCS = Path(__file__).parents[1] / "docs"
 MADE = "<!-- Written by tools/docs.py; change the code and run it again. -->\n"
 WIDTH = 100
-PACKAGES = ("sae_core", "sae_lm", "sae_synthetic", "sae_pretrained", "sae_loaders_gemmascope")
+PACKAGES = ("sae_core", "sae_explorer", "sae_lm", "sae_synthetic", "sae_pretrained", "sae_loaders_gemmascope")
 LEFT_OUT = ("_plugin", "cli", "templates", "loaders", "writers")  # named in files and on the command line, not imported
 INNER = {  # how it is done; nobody who uses the package or extends it needs these
     "sae_core.format": (

@@ -17,6 +17,7 @@ __all__ = ["OUR_EXTENSIONS", "PluginWarning", "ambiguous_name", "one_line", "plu
 _LONGEST = 600  # characters of a reason; the whole story is in the traceback that `list-plugins -v` prints
 
 OUR_EXTENSIONS: dict[str, dict[str, str]] = {
+    "sae-explorer": {"command": "dashboard explore"},
     "sae-lm": {"source": "activation_cache huggingface huggingface_columns", "command": "eval lm migrate preview"},
     "sae-loaders-gemmascope": {"loader": "gemma_2 gemma_2_transcoder gemma_3"},
     "sae-pretrained": {

@@ -1,0 +1,141 @@
+"""Dashboards: the page of a dictionary as files that need neither a server nor a network.
+
+A folder holds the page, an index of all its latents, and their details in blocks that the page loads when one is looked at, by
+script tags, since a page opened from a disk may not fetch. For few latents all of it fits into one file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sae_core.config import require
+from sae_core.durable import sync_folder, umask, unique_folder
+
+from sae_explorer.index import Query, search
+from sae_explorer.reading import Studied
+
+__all__ = ["MOST_IN_ONE_FILE", "page_file", "parse_latents", "write_dashboard"]
+
+MOST_IN_ONE_FILE = 500
+_BLOCK = 32
+_COLUMNS = ("latent", "density", "count", "largest", "mean", "tokens", "promotes", "label", "note")
+
+
+def page_file(name: str) -> str:
+    """One of the page's own files."""
+    return (files("sae_explorer") / "page" / name).read_text(encoding="utf-8")
+
+
+def parse_latents(text: str, d_sae: int) -> list[int]:
+    """Latents written as numbers and ranges, both ends included. Raises ConfigError for what is none.
+
+    >>> parse_latents("3, 7-9", 16)
+    [3, 7, 8, 9]
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        require(match is not None, f"--latents: {part.strip()!r} is no number and no range such as 7-9")
+        assert match is not None
+        first, last = int(match[1]), int(match[2] or match[1])
+        require(first <= last < d_sae, f"--latents: {part.strip()} is not within 0 to {d_sae - 1}")
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def write_dashboard(
+    studied: Studied,
+    out: str | Path,
+    latents: Sequence[int] | None = None,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Write a dashboard of some latents, None for all, and return the page to open.
+
+    An `out` that ends in .html becomes one file, for at most 500 latents; another one becomes a folder. It appears complete or
+    not at all. `progress` is called with the number of latents done. Raises ConfigError when `out` exists.
+    """
+    out = Path(out)
+    chosen = list(range(studied.sae.d_sae)) if latents is None else sorted(set(latents))
+    one_file = out.suffix == ".html"
+    require(not out.exists(), f"dashboard: {out} exists; name another, or remove it")
+    require(bool(chosen), "dashboard: there is no latent to show")
+    require(
+        not one_file or len(chosen) <= MOST_IN_ONE_FILE,
+        f"dashboard: {len(chosen):,} latents are too many for one file; name a folder, or at most {MOST_IN_ONE_FILE} --latents",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = unique_folder(out)
+    try:
+        page = folder / "index.html"
+        scripts = [f"receive('index', {_script(_index(studied, chosen))})"]
+        blocks = _blocks(studied, chosen, progress)
+        if one_file:
+            scripts += [f"receive({number}, {content})" for number, content in blocks]
+            page.write_text(_page(f"<style>{page_file('app.css')}</style>", [page_file("app.js"), *scripts]), "utf-8")
+            page.chmod(0o666 & ~umask())
+            page.replace(out)
+            shutil.rmtree(folder)
+            return out
+        (folder / "data").mkdir()
+        for number, content in blocks:
+            (folder / "data" / f"{number}.js").write_text(f"receive({number}, {content})", "utf-8")
+        (folder / "data" / "index.js").write_text(scripts[0], "utf-8")
+        for name in ("app.js", "app.css"):
+            (folder / name).write_text(page_file(name), "utf-8")
+        page.write_text(
+            _page('<link rel="stylesheet" href="app.css">', ["app.js", "data/index.js"], linked=True), "utf-8"
+        )
+        sync_folder(folder)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return out / "index.html"
+
+
+def _page(style: str, scripts: Sequence[str], *, linked: bool = False) -> str:
+    tags = [f'<script src="{text}"></script>' if linked else f"<script>{text}</script>" for text in scripts]
+    return page_file("app.html").replace("<!--STYLE-->", style).replace("<!--SCRIPTS-->", "\n".join(tags))
+
+
+def _index(studied: Studied, chosen: Sequence[int]) -> dict[str, Any]:
+    wanted = set(chosen)
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for start in range(0, studied.sae.d_sae, 1000):
+        _, rows = search(
+            studied.index, Query(sort="latent", descending=False, offset=start, limit=1000), studied.labels_path
+        )
+        for row in rows:
+            if row["latent"] in wanted:
+                for name in _COLUMNS:
+                    value = row[name]
+                    columns[name].append(float(f"{value:.4g}") if isinstance(value, float) else value)
+    return {"facts": studied.facts(), "columns": columns, "block": _BLOCK}
+
+
+def _blocks(
+    studied: Studied, chosen: Sequence[int], progress: Callable[[int], object] | None
+) -> Iterator[tuple[int, str]]:
+    """Details of the latents, by the number of their block."""
+    by_block: dict[int, list[int]] = {}
+    for latent in chosen:
+        by_block.setdefault(latent // _BLOCK, []).append(latent)
+    done = 0
+    for number, latents in by_block.items():
+        yield number, _script({str(one["latent"]): one for one in studied.latents(latents)})
+        done += len(latents)
+        if progress is not None:
+            progress(done)
+
+
+def _script(value: Any) -> str:
+    """JSON that may stand in a script element: nothing in it ends the element or opens a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
