@@ -23,9 +23,11 @@ HEAVY = (
     "plotly",
     "safetensors",
     "scipy",
+    "starlette",
     "torch",
     "transformer_lens",
     "transformers",
+    "uvicorn",
     "wandb",
     "yaml",
 )
@@ -112,6 +114,8 @@ def test_importing_the_core_imports_nothing_heavy(fifty: PluginFolder) -> None:
         ["eval", "--help"],
         ["demo", "--help"],
         ["pretrained", "--help"],
+        ["explore", "--help"],
+        ["dashboard", "--help"],
     ],
     ids=" ".join,
 )

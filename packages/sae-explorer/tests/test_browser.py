@@ -1,0 +1,214 @@
+"""The explorer as people use it: clicked and typed in a real browser, against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_explorer import open_studied
+from sae_explorer.playing import Model
+from sae_explorer.server import application
+
+HOSTILE = "<img src=x onerror=document.title='hacked'> שלום\u202e 👩‍👩‍👧 \u200b'; DROP TABLE labels"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Serves dictionaries from a thread of this process and gives the address."""
+    import uvicorn
+
+    running: list[tuple[Any, threading.Thread]] = []
+
+    def start(*paths: Path) -> str:
+        opened = open_studied([str(path) for path in paths], device="cpu")
+        assert opened.source is not None
+        places = {name: (one.sae, str(one.study.index["place"])) for name, one in opened.studied.items()}
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        app: Any = application(opened.studied, Model(opened.source, places), token="token", port=port)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{port}/token/"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(20)
+
+
+def test_a_latent_is_found_labelled_and_steered(
+    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any]
+) -> None:
+    from playwright.sync_api import expect
+
+    address = serve(copied)
+    page = new_page(address)
+    page.keyboard.press("/")
+    page.keyboard.type("river")
+    expect(page.locator("#sort")).to_have_value("match")
+    expect(page.locator("#total")).not_to_have_text("96 latents")
+    page.locator("#rows .line").first.click()
+    expect(page.locator("#detail .example").first).to_be_visible()
+    assert "river" in page.locator("#detail .card:has-text('Strongest')").inner_text()
+    latent = int(page.locator("#detail h2").inner_text().removeprefix("Latent "))
+
+    page.fill("#label", HOSTILE)
+    page.fill("#note", "a note")
+    page.locator("#label").focus()
+    expect(page.locator("#detail form").first).to_contain_text("saved")
+    page.fill("#prompt", "the cat <script>document.title='hacked'</script>")
+    page.fill("#amount", "60")
+    page.fill("#length", "6")
+    page.click("#generate")
+    expect(page.locator("#said")).to_have_text("done")
+    assert page.locator("#plain").inner_text() != page.locator("#edited").inner_text()
+    assert "<script>" in page.locator("#plain").inner_text()
+    page.fill("#prompt", "")
+    page.click("#generate")
+    expect(page.locator("#said")).to_have_text("the text is empty")
+
+    other = new_page(address, width=400, dark=True)  # a second browser sees what the first one wrote
+    other.fill("#search", "DROP TABLE labels")
+    expect(other.locator("#rows .line b")).to_contain_text("<img src=x")
+    other.locator("#rows .line").first.click()
+    expect(other.locator("#label")).to_have_value(HOSTILE)
+    with other.expect_download() as download:
+        other.click("text=export all as JSON")
+    exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert [(one["latent"], one["label"], one["note"]) for one in exported["labels"]] == [(latent, HOSTILE, "a note")]
+    assert page.title() == other.title() == str(copied)  # no text ran
+
+
+def test_the_stop_button_stops(
+    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any], monkeypatch: Any
+) -> None:
+    from playwright.sync_api import expect
+
+    taken: list[int] = []
+    step = Model._step  # pyright: ignore[reportPrivateUsage]
+
+    def slow(self: Model, *given: Any) -> Any:
+        taken.append(1)
+        time.sleep(0.05)
+        return step(self, *given)
+
+    monkeypatch.setattr(Model, "_step", slow)
+    page = new_page(serve(copied) + "#/latent/5")
+    page.fill("#length", "200")
+    page.fill("#prompt", "the cat")
+    page.click("#generate")
+    expect(page.locator("#edited")).not_to_have_text("the cat")
+    page.click("#stop")
+    expect(page.locator("#said")).to_have_text("stopped")
+    expect(page.locator("#generate")).to_be_enabled()
+    time.sleep(0.3)
+    after = len(taken)
+    time.sleep(0.3)
+    assert len(taken) == after < 150
+
+
+def test_a_text_shows_its_latents_and_dictionaries_are_compared(
+    serve: Callable[..., str], copied: Path, world: Path, new_page: Callable[..., Any]
+) -> None:
+    from playwright.sync_api import expect
+
+    page = new_page(serve(copied, world / "two"))
+    page.click("#tabs >> text=Text")
+    page.fill("#text", "the cat sleeps. <script>document.title='hacked'</script> שלום")
+    page.click("#run")
+    tokens = page.locator("#tokens .token")
+    expect(tokens.first).to_be_visible()
+    assert [text for text in tokens.all_inner_texts() if "script" in text] == [
+        "<script>document.title='hacked'</script>"
+    ]
+    page.locator("#by").select_option("effect")
+    rows = page.locator("#detail tbody tr")
+    effects = [abs(float(text)) for text in page.locator("#detail tbody td:nth-child(4)").all_inner_texts()]
+    assert effects == sorted(effects, reverse=True)
+    everywhere = rows.count()
+    tokens.nth(2).click()
+    expect(page.locator("#detail h3").last).to_have_text("Latents on token 3 (4)")
+    assert rows.count() == 4 < everywhere
+    latent = rows.first.locator("a").inner_text()
+    rows.first.locator("a").click()
+    expect(page.locator("#detail h2")).to_have_text(f"Latent {latent}")
+    page.click("#tabs >> text=Compare")
+    page.click("#compare")
+    expect(page.locator("#detail")).to_contain_text("Only in the second")
+    page.locator("#dictionary").select_option(str(world / "two"))
+    expect(page.locator("#name")).to_have_text(str(world / "two"))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+def test_nothing_is_cut_off_or_moves(
+    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any], width: int, dark: bool
+) -> None:
+    from playwright.sync_api import expect
+
+    page = new_page(serve(copied), width=width, dark=dark)
+    expect(page.locator("#rows .line").first).to_be_visible()
+    moved = (
+        "new Promise(done => { let sum = 0; new PerformanceObserver(list => list.getEntries().forEach(e => sum += e.value))"
+        ".observe({type: 'layout-shift', buffered: true}); setTimeout(() => done(sum), 100); })"
+    )
+    assert page.evaluate(moved) < 0.02
+    page.locator("#rows .line").nth(1).click()
+    expect(page.locator("#steer")).to_be_visible()
+    wide = (
+        "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert page.evaluate(wide) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_loses_no_label(
+    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any]
+) -> None:
+    import httpx
+    from playwright.sync_api import expect
+
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from sae_core.cli import main; sys.exit(main())",
+        "explore",
+        str(copied),
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdout is not None
+        try:
+            address = next(line for line in process.stdout if line.startswith("open ")).split()[1]
+            origin = address.rsplit("/", 2)[0]
+            body = {"dictionary": str(copied), "latent": 9, "label": "kept", "note": ""}
+            assert (
+                httpx.post(f"{address}api/label", json=body, headers={"origin": origin}, timeout=20).status_code == 200
+            )
+            assert (
+                httpx.post(f"{origin}/api/label", json=body, headers={"origin": origin}, timeout=20).status_code == 403
+            )
+        finally:
+            process.send_signal(signal.SIGKILL)
+    page = new_page(serve(copied) + "#/latent/9")
+    expect(page.locator("#label")).to_have_value("kept")
