@@ -74,13 +74,13 @@ class BatchTopK:
             return self(product.full())
         floor = torch.maximum(product.nothing, self._guessed_bound(product))
         proposed = proposed_above(product, floor, most=int(_WIDE * total))
-        best, left, computed = self._best_of(product, proposed, total, all_of_them=False)
+        best, left, (entries, full) = self._best_of(product, proposed, total, all_of_them=False)
         least = _least(best, total)
         if not bool(least >= product.rounding.above(left) + product.tiny):
             proposed = proposed_above(product, torch.maximum(product.nothing, product.below(least)))
-            best, _, more = self._best_of(product, proposed, total, all_of_them=True)
-            computed += more
-        count(product.rows, proposed.full.sum(), computed)
+            best, _, (more, full) = self._best_of(product, proposed, total, all_of_them=True)
+            entries += more
+        count(product.rows, full, entries)
         return best.codes(product.rows, product.d_sae)
 
     def among(self, codes: SparseCodes) -> SparseCodes:
@@ -131,8 +131,8 @@ class BatchTopK:
 
     def _best_of(
         self, product: Screened, proposed: Proposed, total: int, *, all_of_them: bool
-    ) -> tuple[_Candidates, Tensor, int]:
-        """The `total` best by their values, the largest bound of all that were not computed, and how many were."""
+    ) -> tuple[_Candidates, Tensor, tuple[int, int]]:
+        """The `total` best by their values, the largest bound left out, how many entries and rows were computed."""
         position, left = proposed.positions, proposed.floor
         row, latent = position.div(product.d_sae, rounding_mode="floor"), position % product.d_sae
         if not all_of_them and position.numel() > total:
@@ -140,13 +140,16 @@ class BatchTopK:
             needed = proposed.bounds >= product.below(_kth_largest(least, total))
             left = torch.maximum(left, proposed.bounds.masked_fill(needed, -torch.inf).amax())
             position, row, latent = position[needed], row[needed], latent[needed]
+        full = proposed.full | (torch.bincount(row, minlength=product.rows) > product.crowd)
+        stays = ~full[row]
+        position, row, latent = position[stays], row[stays], latent[stays]
         value = product.values(row, latent)
         rank = value if self.scale is None else value * self.scale.to(value.dtype)[latent]
         found = _Candidates(rank, value, position)
-        rows = proposed.full.nonzero().squeeze(1)
+        rows = full.nonzero().squeeze(1)
         if len(rows):
             found = _Candidates.joined([found, self._best_of_rows(product, rows, total)]).in_order()
-        return found.best(total), left, len(value)
+        return found.best(total), left, (len(value), len(rows))
 
     def _best_of_rows(self, product: Screened, rows: Tensor, total: int) -> _Candidates:
         """Of rows that are computed in full, all that may be among the `total` best."""

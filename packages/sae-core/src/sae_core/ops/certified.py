@@ -143,7 +143,8 @@ class Proposed(NamedTuple):
 def proposed_above(product: Screened, floor: Tensor, most: int | None = None) -> Proposed:
     """Entries with bounds above `floor`, of about the type that bounds have; with `most`, the floor rises when there are more.
 
-    Rows without a certificate, and with so many candidates that the full product is cheaper, are to be computed in full.
+    Rows without a certificate are to be computed in full, as are, without `most`, those with so many candidates that it is
+    cheaper.
     """
     positions: list[Tensor] = [torch.zeros(0, dtype=torch.long, device=product.device)]
     bounds: list[Tensor] = [torch.zeros(0, dtype=product.dtype, device=product.device)]
@@ -152,7 +153,8 @@ def proposed_above(product: Screened, floor: Tensor, most: int | None = None) ->
         rows = len(bound_RF)
         position_E = above(bound_RF, floor)
         row_E = position_E.div(product.d_sae, rounding_mode="floor")
-        full_R[start : start + rows] |= torch.bincount(row_E, minlength=rows) > product.crowd
+        if most is None:
+            full_R[start : start + rows] |= torch.bincount(row_E, minlength=rows) > product.crowd
         position_E = position_E[~full_R[start : start + rows][row_E]]
         bounds.append(bound_RF.reshape(-1)[position_E])
         positions.append(position_E + start * product.d_sae)

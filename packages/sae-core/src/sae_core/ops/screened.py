@@ -34,7 +34,7 @@ _ROOM = (
     3  # candidates beside which the largest bound left out is below the k-th value in all but a few rows of real data
 )
 _MORE = 32
-_CROWD = 16  # rows with more candidates than this part of the latents are cheaper in full
+_CROWD = 8  # rows with more candidates than this part of the latents are cheaper in full
 
 
 @final
