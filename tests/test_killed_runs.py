@@ -157,8 +157,8 @@ def survives(processes: Any, run: dict[str, Any], train: dict[str, Any], tmp_pat
     moments = MOMENTS if ALL else ["anywhere", "checkpoint", "end"]
     run = {**run, "sae": {"d_sae": 32, **run["sae"]}, "train": {**common, **train}}
     hits = killed_and_resumed(processes, run, tmp_path, moments)
-    print(f"{sum(hits.values())} of {len(moments)} kills hit")
-    assert sum(hits.values()) >= len(moments) - 2  # a checkpoint may be written before anybody looks
+    print(f"{sum(hits.values())} of {len(moments)} kills hit: {hits}")
+    assert sum(hits.values()) >= len(moments) - (0 if ALL else 2)  # a short run may end before anybody looks
 
 
 @pytest.mark.slow
@@ -189,5 +189,5 @@ def test_runs_in_a_language_model(name: str, model: dict[str, Any], processes: A
     run = IN_A_MODEL[name]
     source = {key: value for key, value in {**model, **run["source"]}.items() if value is not None}
     evaluation = {"every_samples": 0.3, "tokens": 100}
-    train = {"total_samples": 4000, "checkpoint_every_samples": 400}
+    train = {"total_samples": 12_000 if ALL else 4000, "checkpoint_every_samples": 400}  # enough for all kills to hit
     survives(processes, {"sae": run["sae"], "source": source, "eval": evaluation}, train, tmp_path)
