@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sae_core.errors import FormatError
 
@@ -48,7 +48,7 @@ def crc32(tensor: Tensor) -> str:
     >>> crc32(torch.zeros(4, dtype=torch.uint8))
     '2144df1c'
     """
-    return f"{zlib.crc32(_bytes(tensor).numpy()):08x}"
+    return f"{zlib.crc32(_buffer(tensor)):08x}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]) -> bytes:
@@ -82,7 +82,7 @@ def _summed_pieces(ordered: list[tuple[str, Tensor]], sums: dict[str, int]) -> I
     for name, tensor in ordered:
         turned = tensor.dim() == 2 and not tensor.is_contiguous()
         for piece in _turned_pieces(tensor) if turned else _bytes(tensor.contiguous()).split(_PIECE_BYTES):
-            data = piece.numpy()
+            data = _buffer(piece)
             sums[name] = zlib.crc32(data, sums[name])
             yield data
 
@@ -124,3 +124,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _buffer(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor, as files and checksums take them."""
+    return cast("Any", _bytes(tensor).numpy())
