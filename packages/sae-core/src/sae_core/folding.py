@@ -79,7 +79,7 @@ def _right(tensor: Tensor, matrix: Tensor) -> Tensor:
     return tensor @ matrix if matrix.dim() == 2 else tensor * matrix
 
 
-def _by_row(operation: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, numbers: Tensor) -> Tensor:
+def _by_row(operation: Callable[..., Tensor], tensor: Tensor, numbers: Tensor) -> Tensor:
     """`operation` on each row and its number, block by block, so that no whole matrix of float64 comes to be."""
     made = torch.empty_like(tensor)
     room = torch.empty(tensor[:_BLOCK_ROWS].shape, dtype=torch.float64, device=tensor.device)
