@@ -55,7 +55,9 @@ def test_a_latent_is_found_labelled_and_steered(
 
     address = serve(copied)
     page = new_page(address)
+    expect(page.locator("#total")).to_have_text("96 latents")  # from then on the page listens
     page.keyboard.press("/")
+    expect(page.locator("#search")).to_be_focused()
     page.keyboard.type("river")
     expect(page.locator("#sort")).to_have_value("match")
     expect(page.locator("#total")).not_to_have_text("96 latents")

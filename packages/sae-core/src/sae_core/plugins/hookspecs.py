@@ -165,6 +165,6 @@ def sae_register_commands(core_version: str) -> Iterable[CommandSpec]:  # pyrigh
 
     @hookimpl
     def sae_register_commands():
-        yield CommandSpec(name="dashboard", target="sae_dash.cli:Dashboard", summary="Write a feature dashboard")
+        yield CommandSpec(name="gallery", target="sae_dash.cli:Gallery", summary="Write a gallery of features")
     ```
     """
