@@ -32,10 +32,9 @@ def serve() -> Iterator[Callable[..., str]]:
     def start(*paths: Path) -> str:
         opened = open_studied([str(path) for path in paths], device="cpu")
         assert opened.source is not None
-        places = {name: (one.sae, str(one.study.index["place"])) for name, one in opened.studied.items()}
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        app: Any = application(opened.studied, Model(opened.source, places), token="token", port=port)
+        app: Any = application(opened.studied, Model(opened.source, opened.studied), token="token", port=port)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

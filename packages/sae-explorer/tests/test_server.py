@@ -28,7 +28,7 @@ def opened(world: Path) -> tuple[Any, Model]:
     named = {Path(name).name: studied for name, studied in found.studied.items()}
     for name, studied in named.items():
         studied.name = name
-    return named, Model(found.source, {name: (s.sae, str(s.study.index["place"])) for name, s in named.items()})
+    return named, Model(found.source, named)
 
 
 @pytest.fixture

@@ -96,9 +96,17 @@ class SparseCodes:
         """The non-zero entries of `dense`, shape (..., d_sae)."""
         flat = dense.reshape(-1, dense.shape[-1])
         rows, indices = flat.nonzero(as_tuple=True)
-        offsets = torch.zeros(flat.shape[0] + 1, dtype=torch.long, device=dense.device)
-        offsets[1:] = torch.bincount(rows, minlength=flat.shape[0]).cumsum(0)
-        return cls(flat[rows, indices], indices, tuple(dense.shape[:-1]), dense.shape[-1], offsets=offsets)
+        return cls.of_rows(flat[rows, indices], rows, indices, dense.shape[-1], tuple(dense.shape[:-1]))
+
+    @classmethod
+    def of_rows(
+        cls, values: Tensor, rows: Tensor, indices: Tensor, d_sae: int, leading_shape: tuple[int, ...]
+    ) -> SparseCodes:
+        """Codes from the row of every entry, in ascending order, instead of offsets; all are (entries,)."""
+        count = math.prod(leading_shape)
+        offsets = torch.zeros(count + 1, dtype=torch.long, device=rows.device)
+        torch.cumsum(torch.bincount(rows, minlength=count), 0, out=offsets[1:])
+        return cls(values, indices, leading_shape, d_sae, offsets)
 
     @property
     def rows(self) -> int:

@@ -86,7 +86,7 @@ def check_fields(config: Any) -> None:
     for name, kinds, choices, wanted in _simple_fields(type(config)):
         value = getattr(config, name)
         fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-        if not fits and not any(type(value) is type(choice) and value == choice for choice in choices):
+        if not fits and not _is_one_of(value, choices):
             problems.append(f"{name} must be {'one of ' if choices else ''}{wanted}, not {value!r}")
     require(not problems, "; ".join(problems))
 
@@ -359,8 +359,13 @@ def _is_choice(hint: Any) -> bool:
     return typing.get_origin(hint) is typing.Literal
 
 
+def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Whether a value is a choice: 1 is neither True nor 1.0."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
+
+
 def _choice(value: Any, hint: Any) -> Any:
-    if not any(type(value) is type(choice) and value == choice for choice in typing.get_args(hint)):
+    if not _is_one_of(value, typing.get_args(hint)):
         raise TypeError(f"expected {_type_name(hint)}, found {type(value).__name__} {value!r}")
     return value
 

@@ -27,7 +27,7 @@ from sae_core.dictionary import (
     caller_initialises,
     training_option,
 )
-from sae_core.errors import ConfigError, UnknownNameError
+from sae_core.errors import ConfigError, FormatError, UnknownNameError
 from sae_core.format.sae_lens_names import said_here
 from sae_core.plugins import get_registry
 
@@ -42,6 +42,7 @@ __all__ = [
     "as_device",
     "as_dtype",
     "create",
+    "load_named",
     "training_option",
 ]
 
@@ -128,6 +129,16 @@ class SAE(Dictionary[ConfigT_co]):
             release, sae_id, device=device, dtype=dtype, revision=revision, overrides=overrides, rows=rows, mmap=mmap
         )
         return cast("SAE", found)
+
+
+def load_named(name: str, *, device: str | torch.device = "cpu") -> SAE:
+    """An SAE as a command line names it: a folder or file, or RELEASE:ID of a published one. Raises FormatError for neither."""
+    if Path(name).exists():
+        return SAE.load(name, device=device)
+    release, colon, sae_id = name.partition(":")
+    if not colon:
+        raise FormatError(f"{name}: there is no such folder or file, and it is not RELEASE:ID of a published SAE")
+    return SAE.from_pretrained(release, sae_id, device=device)
 
 
 def create(

@@ -17,14 +17,13 @@ from typing import Any
 from sae_core.config import require
 from sae_core.durable import sync_folder, umask, unique_folder
 
-from sae_explorer.index import Query, search
+from sae_explorer.index import COLUMNS, Query, search
 from sae_explorer.reading import Studied
 
 __all__ = ["MOST_IN_ONE_FILE", "page_file", "parse_latents", "write_dashboard"]
 
 MOST_IN_ONE_FILE = 500
 _BLOCK = 32
-_COLUMNS = ("latent", "density", "count", "largest", "mean", "tokens", "promotes", "label", "note")
 
 
 def page_file(name: str) -> str:
@@ -107,14 +106,14 @@ def _page(style: str, scripts: Sequence[str], *, linked: bool = False) -> str:
 
 def _index(studied: Studied, chosen: Sequence[int]) -> dict[str, Any]:
     wanted = set(chosen)
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for start in range(0, studied.sae.d_sae, 1000):
         _, rows = search(
             studied.index, Query(sort="latent", descending=False, offset=start, limit=1000), studied.labels_path
         )
         for row in rows:
             if row["latent"] in wanted:
-                for name in _COLUMNS:
+                for name in COLUMNS:
                     value = row[name]
                     columns[name].append(float(f"{value:.4g}") if isinstance(value, float) else value)
     return {"facts": studied.facts(), "columns": columns, "block": _BLOCK}

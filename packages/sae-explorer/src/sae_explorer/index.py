@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, final
 
 from sae_core.config import require
+from sae_core.durable import umask
 from sae_core.errors import ConfigError, FormatError
 from sae_lm.studies import StudyFolder
 
-__all__ = ["INDEX_FILE", "SORTS", "Query", "build_index", "fires_on", "search", "words_of"]
+__all__ = ["COLUMNS", "INDEX_FILE", "SORTS", "Query", "build_index", "fires_on", "search", "words_of"]
 
 INDEX_FILE = "explorer.sqlite"
 _VERSION = "1"
@@ -32,6 +33,9 @@ _TOKENS = 6
 
 SORTS = ("match", "latent", "density", "largest", "mean")
 """What latents can be sorted by; "match" is by how well they fit the words that are searched for."""
+
+COLUMNS = ("latent", "density", "count", "largest", "mean", "tokens", "promotes", "label", "note")
+"""What `search` says of a latent."""
 
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
@@ -100,11 +104,10 @@ def build_index(study: StudyFolder) -> Path:
                 database.execute(f"CREATE INDEX by_{column} ON latents ({column})")
             database.executemany("INSERT INTO about VALUES (?, ?)", [("study", fingerprint), ("version", _VERSION)])
             database.commit()
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(0o666 & ~umask())
         Path(temporary).replace(path)
-    except BaseException:
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
     return path
 
 
@@ -129,13 +132,12 @@ def search(index: Path, query: Query, labels: Path | None = None) -> tuple[int, 
         down = query.descending if query.sort != "match" else not hits
         order = f"ORDER BY {'hits.rank' if sort == 'rank' else f'l.{sort}'} {'DESC' if down else 'ASC'}, l.latent"
         (total,) = database.execute(f"{hits} SELECT count(*) {body}", values).fetchone()
-        names = ("latent", "density", "count", "largest", "mean", "tokens", "promotes", "label", "note")
         found = database.execute(
             f"{hits} SELECT l.latent, l.density, l.count, l.largest, l.mean, l.tokens, l.promotes, coalesce(n.label, ''), "
             f"coalesce(n.note, '') {body} {order} LIMIT ? OFFSET ?",
             [*values, query.limit, query.offset],
         )
-        return int(total), [dict(zip(names, row, strict=True)) for row in found]
+        return int(total), [dict(zip(COLUMNS, row, strict=True)) for row in found]
 
 
 def _hits(text: str) -> tuple[str, list[Any]]:

@@ -9,13 +9,14 @@ from typing import Any, cast, final
 
 from sae_core import SAE
 from sae_core.config import require, structure
-from sae_core.errors import ConfigError, FormatError
+from sae_core.errors import ConfigError
+from sae_core.sae import load_named
 from sae_core.yaml_text import set_by_override
 from sae_lm.lens import Lens
 from sae_lm.model import place
 from sae_lm.origin import source_of
 from sae_lm.source import HuggingFaceSource, HuggingFaceSourceConfig
-from sae_lm.studies import StudyConfig, StudyFolder, study
+from sae_lm.studies import StudyConfig, StudyFolder, settings_from, study
 
 from sae_explorer.reading import Studied
 
@@ -49,14 +50,14 @@ def open_studied(
     """
     require(len(studies) in (0, len(names)), f"--study: {len(studies)} folders for {len(names)} dictionaries")
     require(len(set(names)) == len(names), "explore: a dictionary is named twice")
-    settings = [override for override in overrides if not override.startswith("study.")]
+    config, settings = settings_from(overrides, tokens)
     source: HuggingFaceSource | None = None
     found: list[tuple[str, SAE[Any], StudyFolder]] = []
     for number, name in enumerate(names):
-        sae = _loaded(name, device)
+        sae = load_named(name, device=place(device))
         folder = Path(studies[number]) if studies else _study_folder(name)
         if not (folder / "index.json").exists():
-            source = _make_study(name, sae, folder, source, tokens, text, device, overrides, say)
+            source = _make_study(name, sae, folder, config, settings, source, text, device, say)
         found.append((name, sae, StudyFolder(folder)))
     models = {name: _model_of(folder) for name, _, folder in found}
     require(
@@ -65,21 +66,12 @@ def open_studied(
         + ", ".join(f"{name} of {model[0]}" for name, model in models.items()),
     )
     if source is None and with_model:
-        config: dict[str, Any] = {**found[0][2].index["source"], "device": device}
+        known: dict[str, Any] = {**found[0][2].index["source"], "device": device}
         for override in settings:
-            set_by_override(config, override)
-        source = HuggingFaceSource(structure(config, HuggingFaceSourceConfig, where="the study's source"))
+            set_by_override(known, override)
+        source = HuggingFaceSource(structure(known, HuggingFaceSourceConfig, where="the study's source"))
     lens = _lens(source) if with_model and source is not None else None
     return Opened({name: Studied(name, sae, folder, lens=lens) for name, sae, folder in found}, source)
-
-
-def _loaded(name: str, device: str) -> SAE[Any]:
-    if Path(name).exists():
-        return SAE.load(name, device=place(device))
-    release, colon, sae_id = name.partition(":")
-    if not colon:
-        raise FormatError(f"{name}: there is no such folder or file, and it is not RELEASE:ID of a published SAE")
-    return SAE.from_pretrained(release, sae_id, device=place(device))
 
 
 def _study_folder(name: str) -> Path:
@@ -92,23 +84,16 @@ def _make_study(
     name: str,
     sae: SAE[Any],
     folder: Path,
+    config: StudyConfig,
+    settings: Sequence[str],
     source: HuggingFaceSource | None,
-    tokens: int | None,
     text: str | None,
     device: str,
-    overrides: Sequence[str],
     say: Callable[[str], object],
 ) -> HuggingFaceSource:
     from tqdm.auto import tqdm
 
-    own: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
-    for override in overrides:
-        if override.startswith("study."):
-            set_by_override(own, override.removeprefix("study."))
-    config = structure(own, StudyConfig, where="study")
-    settings = [override for override in overrides if not override.startswith("study.")]
-    hook = next((text_.partition("=")[2] for text_ in settings if text_.startswith("hook=")), None)
-    made, places, _ = source_of({name: sae}, overrides=settings, hook=hook, text=text, device=device, command="study")
+    made, places, _ = source_of({name: sae}, overrides=settings, text=text, device=device, command="study")
     say(
         f"{folder}: no study yet; studying {sae.d_sae:,} latents on {config.tokens:,} positions (Ctrl-C keeps the state)"
     )

@@ -9,6 +9,7 @@ looked at while something is generated.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from sae_core import SAE
 from sae_core.codes import SparseCodes
 from sae_core.config import require
 from sae_core.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ from sae_lm.splicing import Splice, spliced
 from sae_lm.tokens import Windows
 from torch import Tensor
 
-from sae_explorer.reading import shortened
+from sae_explorer.reading import Studied, finite, shortened
 
 __all__ = ["Change", "Model"]
 
@@ -62,14 +62,15 @@ class Change:
 
 @final
 class Model:
-    """A language model with its tokenizer, and dictionaries of it by name with their places."""
+    """A language model with its tokenizer, and dictionaries of it by name, each at the place where it was studied."""
 
-    def __init__(self, source: HuggingFaceSource, saes: Mapping[str, tuple[SAE[Any], str]]) -> None:
+    def __init__(self, source: HuggingFaceSource, studied: Mapping[str, Studied]) -> None:
         tokenizer: Any = source.tokenizer
         if tokenizer is None:
             raise ConfigError("explore: the model has no tokenizer; name one with --set tokenizer=NAME")
         self.model, self.tokenizer, self.rules = source.language_model.model, tokenizer, source.rules
-        self.device, self._saes, self._lock = source.language_model.device, dict(saes), threading.Lock()
+        self.device, self._lock = source.language_model.device, threading.Lock()
+        self._saes = {name: (one.sae, str(one.study.index["place"])) for name, one in studied.items()}
         self.longest = min(MOST_TOKENS, positions_of(self.model) or MOST_TOKENS)
 
     def tokens(self, text: str, *, room: int = 0) -> list[int]:
@@ -212,17 +213,15 @@ def _per_position(codes: SparseCodes, effects: SparseCodes | None) -> list[list[
     for position in range(codes.rows):
         entries = range(offsets[position], offsets[position + 1])
         active = sorted((n for n in entries if values[n]), key=lambda n: -abs(values[n]))[:_PER_TOKEN]
-        found.append([[indices[n], _number(values[n]), _number(shares.get((position, indices[n])))] for n in active])
+        found.append(
+            [[indices[n], finite(values[n]), finite(shares.get((position, indices[n]), math.nan))] for n in active]
+        )
     return found
 
 
 def _by_entry(codes: SparseCodes) -> dict[tuple[int, int], float]:
     keys = zip(codes.row_ids().tolist(), codes.indices.tolist(), strict=True)
     return dict(zip(keys, codes.values.detach().float().tolist(), strict=True))
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or value != value or abs(value) == float("inf") else float(f"{value:.4g}")
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from sae_explorer.directions import logit_histograms, nearest, site_norms, unit_
 from sae_explorer.index import build_index
 from sae_explorer.labels import LABELS_FILE, Labels
 
-__all__ = ["LONGEST_TOKEN", "Studied", "shortened"]
+__all__ = ["LONGEST_TOKEN", "Studied", "finite", "shortened"]
 
 _NEAREST = 10
 LONGEST_TOKEN = 200
@@ -91,11 +91,11 @@ class Studied:
         if self.lens is not None:
             counts, ends = logit_histograms(self.sae, self.lens, chosen)
             spread = [
-                {"counts": each, "low": _finite(low), "high": _finite(high)}
+                {"counts": each, "low": finite(low), "high": finite(high)}
                 for each, (low, high) in zip(counts.tolist(), ends.tolist(), strict=True)
             ]
         return [
-            self._one(latent, [[n, _finite(c)] for n, c in zip(indices, values, strict=True)], logits)
+            self._one(latent, [[n, finite(c)] for n, c in zip(indices, values, strict=True)], logits)
             for latent, indices, values, logits in zip(latents, near.tolist(), cosines.tolist(), spread, strict=True)
         ]
 
@@ -103,23 +103,23 @@ class Studied:
         study, stats = self.study, self.study.latents
         return {
             "latent": latent,
-            "density": _finite(stats["density"][latent]),
+            "density": finite(stats["density"][latent]),
             "count": int(stats["count"][latent]),
-            "largest": _finite(stats["largest"][latent]),
-            "mean": _finite(stats["mean_active"][latent]),
+            "largest": finite(stats["largest"][latent]),
+            "mean": finite(stats["mean_active"][latent]),
             "histogram": self._histogram(latent),
             "logits": logits,
-            "promoted": [[shortened(text), _finite(value)] for text, value in study.promoted(latent)],
-            "suppressed": [[shortened(text), _finite(value)] for text, value in study.suppressed(latent)],
-            "partners": [[other, count, _finite(jaccard)] for other, count, jaccard in study.partners(latent)],
+            "promoted": [[shortened(text), finite(value)] for text, value in study.promoted(latent)],
+            "suppressed": [[shortened(text), finite(value)] for text, value in study.suppressed(latent)],
+            "partners": [[other, count, finite(jaccard)] for other, count, jaccard in study.partners(latent)],
             "nearest": near,
-            "sites": {name: _finite(norm) for name, norm in site_norms(self.sae, latent).items()},
+            "sites": {name: finite(norm) for name, norm in site_norms(self.sae, latent).items()},
             "examples": [
                 {
                     "band": example.band,
-                    "value": _finite(example.value),
+                    "value": finite(example.value),
                     "tokens": [shortened(text) for text in example.texts],
-                    "values": [_finite(value) for value in example.activations],
+                    "values": [finite(value) for value in example.activations],
                     "peak": example.peak,
                 }
                 for example in study.examples(latent)
@@ -134,7 +134,7 @@ class Studied:
         if not filled:
             return {"counts": [], "edges": []}
         first, last = filled[0], filled[-1]
-        return {"counts": counts[first : last + 1].tolist(), "edges": [_finite(e) for e in edges[first : last + 2]]}
+        return {"counts": counts[first : last + 1].tolist(), "edges": [finite(e) for e in edges[first : last + 2]]}
 
     def _link(self, latent: int) -> str | None:
         try:
@@ -143,7 +143,7 @@ class Studied:
             return None
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """JSON has no NaN; four digits are enough for a page."""
     number = float(value)
     return float(f"{number:.4g}") if math.isfinite(number) else None

@@ -31,7 +31,6 @@ def source_of(
     saes: Mapping[str, SAE[Any]],
     *,
     overrides: Sequence[str] = (),
-    hook: str | None = None,
     text: str | None = None,
     device: str = "auto",
     command: str = "eval",
@@ -39,7 +38,7 @@ def source_of(
 ) -> tuple[HuggingFaceSource, dict[str, str], Part]:
     """A source for SAEs of one model, the place of each, and which part of the text nobody trained on.
 
-    `overrides` change settings, ``key=value``; `hook` is the place if it is among them; `text` is a file to read all of
+    `overrides` change settings, ``key=value``, a ``hook`` among them is the place of all; `text` is a file to read all of
     instead. With `two_models`, dictionaries that read a second model are allowed. Raises ConfigError when the SAEs do not say
     on what they were trained, or were trained on different models.
     """
@@ -57,6 +56,7 @@ def source_of(
         not different,
         f"{command}: the SAEs were trained with different settings ({', '.join(different)}); run them apart, or --set them",
     )
+    hook = next((text_.partition("=")[2] for text_ in overrides if text_.startswith("hook=")), None)
     settings["device"] = device
     for override in overrides:
         set_by_override(settings, override)

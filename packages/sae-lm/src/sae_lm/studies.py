@@ -24,9 +24,10 @@ from typing import Any, cast, final
 import torch
 from sae_core import SAE
 from sae_core.codes import SparseCodes
-from sae_core.config import check_fields, option, require, unstructure
+from sae_core.config import check_fields, option, require, structure, unstructure
 from sae_core.errors import ConfigError, DataError, FormatError
 from sae_core.training.facts import named_architecture
+from sae_core.yaml_text import set_by_override
 from torch import Tensor
 
 from sae_lm.collect import BIN_EDGES, CoFiring, Kept, SnippetReader, Totals, first_position, hashed, peaks
@@ -41,7 +42,7 @@ from sae_lm.splicing import evaluating
 from sae_lm.text import Part
 from sae_lm.tokens import Windows
 
-__all__ = ["STUDY_FORMAT", "STUDY_VERSION", "Example", "StudyConfig", "StudyFolder", "study"]
+__all__ = ["STUDY_FORMAT", "STUDY_VERSION", "Example", "StudyConfig", "StudyFolder", "settings_from", "study"]
 
 STUDY_FORMAT = "sae-study"
 STUDY_VERSION = 1
@@ -84,6 +85,23 @@ class StudyConfig:
         """Bytes kept for a dictionary of `d_sae` latents while the study runs, beside the model and one batch."""
         example = 8 + 8 + 8 + 4 + 2 * self.snippet
         return d_sae * ((self.top + self.sampled) * example + 4 * (len(BIN_EDGES) - 1) + 40) + 16 * self.cofiring_pairs
+
+
+def settings_from(overrides: Sequence[str], tokens: int | None = None) -> tuple[StudyConfig, list[str]]:
+    """The study that changes of settings, ``key=value``, ask for with ``study.`` before the key, and all other changes.
+
+    >>> config, others = settings_from(["study.top=4", "model=gpt2"], tokens=1000)
+    >>> config.top, config.tokens, others
+    (4, 1000, ['model=gpt2'])
+    """
+    own: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+    others: list[str] = []
+    for override in overrides:
+        if override.startswith("study."):
+            set_by_override(own, override.removeprefix("study."))
+        else:
+            others.append(override)
+    return structure(own, StudyConfig, where="study"), others
 
 
 @torch.no_grad()

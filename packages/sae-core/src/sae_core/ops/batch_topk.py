@@ -23,6 +23,7 @@ from sae_core.ops.largest import above
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.screening import count
+from sae_core.ops.select import KeepsK
 
 __all__ = ["BatchTopK"]
 
@@ -36,7 +37,7 @@ _WIDE = 3  # of this many times what is wanted, the largest bounds stay when the
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class BatchTopK:
+class BatchTopK(KeepsK):
     """The ``int(k * rows)`` largest positive entries of a batch, ranked by ``pre * scale`` when given.
 
     `scale` is (d_sae,) and not negative, say decoder norms. Entries that are not positive are never kept, so fewer remain
@@ -56,14 +57,6 @@ class BatchTopK:
         if not proved:
             found, _ = self._gather(product, total, guess=False)
         return found.best(total).codes(product.rows, product.d_sae)
-
-    @property
-    def threshold(self) -> None:
-        return None
-
-    @property
-    def wanted(self) -> float:
-        return self.k
 
     def screen(self, product: Screened) -> SparseCodes:
         """Entries whose bounds are above a guess are candidates. If the least value kept of them is above all other bounds,
@@ -197,9 +190,7 @@ class _Candidates:
 
     def codes(self, rows: int, d_sae: int) -> SparseCodes:
         row = self.position.div(d_sae, rounding_mode="floor")
-        offsets = torch.zeros(rows + 1, dtype=torch.long, device=row.device)
-        torch.cumsum(torch.bincount(row, minlength=rows), 0, out=offsets[1:])
-        return SparseCodes(self.value, self.position - row * d_sae, (rows,), d_sae, offsets)
+        return SparseCodes.of_rows(self.value, row, self.position - row * d_sae, d_sae, (rows,))
 
 
 def _per_latent(floor: float, scale: Tensor | None) -> Tensor | float:

@@ -120,9 +120,7 @@ def above_threshold(
     latent_E = proposed.positions % product.d_sae
     value_E = product.values(row_E, latent_E)
     kept = keep(value_E, latent_E).nonzero().squeeze(1)
-    offsets = torch.zeros(product.rows + 1, dtype=torch.long, device=product.device)
-    torch.cumsum(torch.bincount(row_E[kept], minlength=product.rows), 0, out=offsets[1:])
-    codes = SparseCodes(value_E[kept], latent_E[kept], (product.rows,), product.d_sae, offsets)
+    codes = SparseCodes.of_rows(value_E[kept], row_E[kept], latent_E[kept], product.d_sae, (product.rows,))
     rows = proposed.full.nonzero().squeeze(1)
     count(product.rows, len(rows), len(value_E))
     return _merged(codes, select(product.full(rows)), rows) if len(rows) else codes
@@ -170,10 +168,8 @@ def _merged(codes: SparseCodes, other: SparseCodes, rows: Tensor) -> SparseCodes
     """`codes`, with the rows of `other` in the places of those with these numbers, of which `codes` has no entries."""
     row_E = torch.cat([codes.row_ids(), rows[other.row_ids()]])
     order = torch.sort(row_E, stable=True).indices
-    offsets = torch.zeros(codes.rows + 1, dtype=torch.long, device=codes.device)
-    torch.cumsum(torch.bincount(row_E, minlength=codes.rows), 0, out=offsets[1:])
     values, indices = torch.cat([codes.values, other.values]), torch.cat([codes.indices, other.indices])
-    return SparseCodes(values[order], indices[order], (codes.rows,), codes.d_sae, offsets)
+    return SparseCodes.of_rows(values[order], row_E[order], indices[order], codes.d_sae, (codes.rows,))
 
 
 def _pieces(product: Screened) -> Iterator[tuple[Tensor, int]]:

@@ -147,6 +147,4 @@ def _collect(steps: list[_Step], rows: int, d_sae: int, like: Tensor) -> tuple[S
     value_S = torch.cat([step.values for step in steps] or [like.new_zeros(0)])
     pair_E, entry_of_step = torch.unique(row_S * d_sae + latent_S, return_inverse=True)
     values = like.new_zeros(pair_E.numel()).index_add_(0, entry_of_step, value_S)
-    offsets = torch.zeros(rows + 1, dtype=torch.long, device=like.device)
-    torch.cumsum(torch.bincount(pair_E // d_sae, minlength=rows), 0, out=offsets[1:])
-    return SparseCodes(values, pair_E % d_sae, (rows,), d_sae, offsets), entry_of_step
+    return SparseCodes.of_rows(values, pair_E // d_sae, pair_E % d_sae, d_sae, (rows,)), entry_of_step

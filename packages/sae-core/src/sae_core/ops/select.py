@@ -25,7 +25,7 @@ from sae_core.ops.largest import above, largest
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 
-__all__ = ["Above", "AbsTopK", "CertifiedSelection", "GroupMax", "Selection", "TopK"]
+__all__ = ["Above", "AbsTopK", "CertifiedSelection", "GroupMax", "KeepsK", "Selection", "TopK"]
 
 _PIECE_BYTES = 4 * 2**20  # on a CPU rows are ranked in pieces that stay in the cache
 
@@ -62,9 +62,29 @@ class CertifiedSelection(Selection, Protocol):
         ...
 
 
+class _HasK(Protocol):
+    @property
+    def k(self) -> float: ...
+
+
+class KeepsK:
+    """What a selection that keeps `k` entries a row says as a `CertifiedSelection`."""
+
+    __slots__ = ()
+
+    @property
+    def threshold(self) -> None:
+        """Nothing is subtracted from ranks."""
+
+    @property
+    def wanted(self: _HasK) -> float:
+        """k, of every row or on average."""
+        return self.k
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class TopK:
+class TopK(KeepsK):
     """The k largest entries of every row, ranked by ``pre * scale`` (scale (d_sae,), say decoder norms) when given.
 
     >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]]).T, torch.zeros(3))
@@ -77,14 +97,6 @@ class TopK:
 
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         return _by_rank(product, self.k, self.scale, _identity)
-
-    @property
-    def threshold(self) -> None:
-        return None
-
-    @property
-    def wanted(self) -> float:
-        return self.k
 
     def screen(self, product: Screened) -> SparseCodes:
         return largest_of_rows(product, self.k, self.scale, signed=True, select=self)
@@ -100,7 +112,7 @@ class TopK:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class AbsTopK:
+class AbsTopK(KeepsK):
     """The k entries of every row that are largest in absolute value, ranked by ``|pre| * scale`` when given; signs stay.
 
     >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, -3.0, 2.0], [0.5, -0.2, 0.0]]).T, torch.zeros(3))
@@ -114,21 +126,13 @@ class AbsTopK:
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         return _by_rank(product, self.k, self.scale, torch.abs)
 
-    @property
-    def threshold(self) -> None:
-        return None
-
-    @property
-    def wanted(self) -> float:
-        return self.k
-
     def screen(self, product: Screened) -> SparseCodes:
         return largest_of_rows(product, self.k, self.scale, signed=False, select=self)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class GroupMax:
+class GroupMax(KeepsK):
     """The largest entry of each of k equal groups of neighbouring latents; d_sae must be divisible by k.
 
     Cheaper than a top-k, since it is one pass (EleutherAI's sparsify introduced it). Ranked by ``pre * scale`` when given.
@@ -151,14 +155,6 @@ class GroupMax:
             values.append(pre_RF.gather(-1, index_RK).reshape(-1))
             indices.append(index_RK.reshape(-1))
         return SparseCodes(torch.cat(values), torch.cat(indices), (product.rows,), product.d_sae, k=self.k)
-
-    @property
-    def threshold(self) -> None:
-        return None
-
-    @property
-    def wanted(self) -> float:
-        return self.k
 
     def screen(self, product: Screened) -> SparseCodes:
         return best_of_groups(product, self.k, self.scale, select=self)

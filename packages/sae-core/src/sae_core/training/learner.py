@@ -21,7 +21,7 @@ from sae_core.data.stream import Batch, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
 from sae_core.ops.mixed import dense_products_in
-from sae_core.ops.screening import ProductForm, encoder_products, may_screen, tallied
+from sae_core.ops.screening import ProductForm, Tally, encoder_products, may_screen, tallied
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
@@ -178,9 +178,11 @@ class Learner:
         """Forward and backward; where products may be screened, with the share of rows that had to be computed in full."""
         with encoder_products(self._form), tallied() as tally:
             result = forward_and_backward(self.sae, batch, context, weight=weight)
-        if not (self._screens and tally.asked):
-            return result
-        return replace(result, metrics={**result.metrics, UNCERTAIN_ROWS: tally.share(self.sae.device)})
+        return replace(result, metrics={**result.metrics, **self._counted(tally)})
+
+    def _counted(self, tally: Tally) -> dict[str, torch.Tensor]:
+        """The share of rows that had to be computed in full, where products may be screened."""
+        return {UNCERTAIN_ROWS: tally.share(self.sae.device)} if tally.asked and self._screens else {}
 
     @property
     def _form(self) -> ProductForm:
@@ -380,8 +382,7 @@ class Learner:
             f"encoder_product: {self.config.encoder_product} makes no difference to {self.sae.architecture}, whose objective "
             "does not leave the product to the ops; remove it",
         )
-        counted = {UNCERTAIN_ROWS: tally.share(self.sae.device)} if self._screens and tally.asked else {}
-        self.window.announce(output.losses, {**output.metrics, **counted})
+        self.window.announce(output.losses, {**output.metrics, **self._counted(tally)})
         self.sae.train(was)
 
     def _placed(self, batch: Batch, first_sample: int | None = None) -> ActivationBatch:

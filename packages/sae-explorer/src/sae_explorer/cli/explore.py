@@ -41,8 +41,12 @@ class Explore:
             overrides=args.overrides,
         )  # fmt: skip
         assert opened.source is not None
-        saes = {name: (one.sae, str(one.study.index["place"])) for name, one in opened.studied.items()}
-        serve(opened.studied, Model(opened.source, saes), port=args.port, say=lambda text: print(text, flush=True))
+        serve(
+            opened.studied,
+            Model(opened.source, opened.studied),
+            port=args.port,
+            say=lambda text: print(text, flush=True),
+        )
         return 0
 
 

@@ -207,9 +207,8 @@ def _in_the_model(
     from sae_lm.evaluation import evaluate_saes
     from sae_lm.origin import source_of
 
-    hook = next((text.partition("=")[2] for text in args.overrides if text.startswith("hook=")), None)
     source, places, part = source_of(
-        saes, overrides=args.overrides, hook=hook, text=args.text, device=args.device, command="eval", two_models=True
+        saes, overrides=args.overrides, text=args.text, device=args.device, command="eval", two_models=True
     )
     with tqdm(total=args.tokens, unit="token", disable=None) as bar:  # None: only on a terminal
         result = evaluate_saes(

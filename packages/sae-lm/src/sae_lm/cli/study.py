@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 __all__ = ["HELP", "configure", "run"]
 
@@ -30,25 +29,18 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from sae_core import SAE
-    from sae_core.config import require, structure
-    from sae_core.yaml_text import set_by_override
+    from sae_core.config import require
     from tqdm.auto import tqdm
 
     from sae_lm.model import place
     from sae_lm.origin import source_of
-    from sae_lm.studies import StudyConfig, study
+    from sae_lm.studies import settings_from, study
 
     require(args.batch_prompts > 0, f"--batch-prompts must be positive, not {args.batch_prompts}")
-    own: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
-    for override in args.overrides:
-        if override.startswith("study."):
-            set_by_override(own, override.removeprefix("study."))
-    config = structure(own, StudyConfig, where="study")
-    overrides = [override for override in args.overrides if not override.startswith("study.")]
+    config, overrides = settings_from(args.overrides, args.tokens)
     sae = SAE.load(args.path, device=place(args.device))
-    hook = next((text.partition("=")[2] for text in overrides if text.startswith("hook=")), None)
     source, places, _ = source_of(
-        {"sae": sae}, overrides=overrides, hook=hook, text=args.text, device=args.device, command="study"
+        {"sae": sae}, overrides=overrides, text=args.text, device=args.device, command="study"
     )
     output = Path(args.output) if args.output else Path(args.path) / "study"
     print(

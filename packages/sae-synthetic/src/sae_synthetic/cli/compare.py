@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import ClassVar, final
 
-if TYPE_CHECKING:
-    from sae_core import SAE
-
-__all__ = ["Compare", "load_named"]
+__all__ = ["Compare"]
 
 _SHOWN = 10
 
@@ -47,6 +43,7 @@ class Compare:
         from sae_core.cli.tables import table
         from sae_core.config import require
         from sae_core.plugins import get_registry
+        from sae_core.sae import load_named
 
         from sae_synthetic.comparison import compare_saes
 
@@ -77,16 +74,3 @@ class Compare:
                 more = f" and {len(latents) - _SHOWN} more (--json lists them)" if len(latents) > _SHOWN else ""
                 print(f"only in {name}: {', '.join(str(int(i)) for i in latents[:_SHOWN])}{more}")
         return 0
-
-
-def load_named(name: str) -> SAE:
-    """An SAE from a folder or file, or RELEASE:ID of a published one. Raises FormatError for neither."""
-    from sae_core import SAE
-    from sae_core.errors import FormatError
-
-    if Path(name).exists():
-        return SAE.load(name)
-    release, colon, sae_id = name.partition(":")
-    if not colon:
-        raise FormatError(f"{name}: there is no such folder or file, and it is not RELEASE:ID of a published SAE")
-    return SAE.from_pretrained(release, sae_id)

@@ -31,9 +31,7 @@ _SHOWN = {
 def print_scores(args: argparse.Namespace) -> int:
     """Load, score, print."""
     from sae_core.cli.tables import table
-    from sae_core.sae import as_device
-
-    from sae_synthetic.cli.compare import load_named
+    from sae_core.sae import as_device, load_named
 
     device = as_device(args.device)
     sae = load_named(args.sae).to(device)
