@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ BASE = f"http://127.0.0.1:{PORT}/{TOKEN}"
 
 
 @pytest.fixture(scope="module")
-def opened(world: Path) -> tuple[Any, Model]:
-    found = open_studied([str(world / "one"), str(world / "two")], device="cpu")
+def opened(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model]:
+    own = tmp_path_factory.mktemp("labelled")  # labels are written beside the studies
+    found = open_studied([str(shutil.copytree(world / name, own / name)) for name in ("one", "two")], device="cpu")
     assert found.source is not None
     named = {Path(name).name: studied for name, studied in found.studied.items()}
     for name, studied in named.items():
