@@ -1,6 +1,6 @@
 """Folding: absorbing decoder norms and fixed normalisations into the weights, without changing what a dictionary computes.
 
-Plain functions on tensors by name, computed in float64 and cast back. They know the linear frame's encoder (d_sae, d_in),
+Plain functions on tensors by name, as exact as float64 and cast back. They know the linear frame's encoder (d_sae, d_in),
 W_dec (d_sae, d_out), b_dec and W_skip, and what a class declares of the others; whether folding leaves an architecture's
 latents alone is for the architecture to say (`LinearSAE.folds`).
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_core.normalization import AffineMap
+from sae_core.ops.memory import fresh_like
 
 __all__ = ["fold_decoder_norm", "fold_normalization"]
 
@@ -29,7 +30,6 @@ def fold_decoder_norm(tensors: Mapping[str, Tensor], scales: Mapping[str, str], 
     >>> folded["encoder"].tolist(), round(folded["W_dec"].sum().item(), 4)
     ([[5.0, 5.0]], 1.4)
     """
-    norms = norms.double()
     divisors = torch.where(norms > 0, norms, 1.0)
     folded = dict(tensors)
     for name, how in scales.items():
@@ -80,12 +80,19 @@ def _right(tensor: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _by_row(operation: Callable[..., Tensor], tensor: Tensor, numbers: Tensor) -> Tensor:
-    """`operation` on each row and its number, block by block, so that no whole matrix of float64 comes to be."""
-    made = torch.empty_like(tensor)
+    """`operation` on each row and its number, exactly, then rounded once.
+
+    One product or quotient of two float32 numbers comes out of float32 arithmetic as float64 would round it; all else goes
+    through float64 block by block, so that no whole matrix of it comes to be.
+    """
+    made = fresh_like(tensor)
+    per_row = (-1, *(1 for _ in tensor.shape[1:]))
+    if tensor.dtype == numbers.dtype == torch.float32:
+        return operation(tensor, numbers.view(per_row), out=made)
     room = torch.empty(tensor[:_BLOCK_ROWS].shape, dtype=torch.float64, device=tensor.device)
-    for block, rows, part in zip(*(t.split(_BLOCK_ROWS) for t in (made, tensor, numbers)), strict=True):
+    for block, rows, part in zip(*(t.split(_BLOCK_ROWS) for t in (made, tensor, numbers.double())), strict=True):
         exact = room[: len(rows)].copy_(rows)
-        block.copy_(operation(exact, part.view(-1, *(1 for _ in tensor.shape[1:])), out=exact))
+        block.copy_(operation(exact, part.view(per_row), out=exact))
     return made
 
 

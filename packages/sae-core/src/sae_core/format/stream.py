@@ -1,13 +1,14 @@
 """A safetensors file written from memory as it lies there, with a checksum of every tensor taken on the way.
 
 The safetensors library turns every tensor into bytes of its own before it writes one, and knows the header before the data, so
-checksums in the header would cost a pass over all of it first. Here a second thread turns transposed tensors and takes the
+checksums in the header would cost a pass over all of it first. Here one thread turns transposed tensors and another takes the
 checksums while the system takes the bytes, and the header, whose length does not depend on them, is filled in at the end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ _DTYPES = {
 }
 _NO_SUM = "0" * 8
 _PIECE_BYTES = 2**22
+_SYNC_BYTES = 2**23  # after which the disk starts on what it has, instead of all at the end
 _TILE = 64
 
 
@@ -59,13 +61,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Map
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
     before = _header(ordered, said(dict.fromkeys(tensors, _NO_SUM)))
     sums = dict.fromkeys(tensors, 0)
-    pieces = _summed_pieces(ordered, sums)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    pieces = _pieces(ordered)
+
+    def add(name: str, data: Any) -> None:
+        sums[name] = zlib.crc32(data, sums[name])
+
+    with path.open("wb") as file, ThreadPoolExecutor(3) as beside:
         file.write(before)
+        synced = beside.submit(os.fsync, file.fileno())
+        since = 0
         coming = beside.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
             coming = beside.submit(next, pieces, None)
-            file.write(piece)
+            summed = beside.submit(add, *piece)
+            since += file.write(piece[1])
+            if since >= _SYNC_BYTES and synced.done():
+                synced.result()
+                synced, since = beside.submit(os.fsync, file.fileno()), 0
+            summed.result()
+        synced.result()  # a disk's error is told once, to whoever synced first
         header = _header(ordered, said({name: f"{found:08x}" for name, found in sums.items()}))
         if len(header) != len(before):
             raise FormatError(f"{path}: not written: the header's length depends on the checksums in it")
@@ -74,17 +88,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Map
     return header
 
 
-def _summed_pieces(ordered: list[tuple[str, Tensor]], sums: dict[str, int]) -> Iterator[Any]:
-    """The bytes of all tensors, a few megabytes at a time; `sums` have the CRC-32 of what was given out so far.
+def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Any]]:
+    """The bytes of all tensors with their names, a few megabytes at a time.
 
     A piece is valid until the one after the next is asked for.
     """
     for name, tensor in ordered:
         turned = tensor.dim() == 2 and not tensor.is_contiguous()
         for piece in _turned_pieces(tensor) if turned else _bytes(tensor.contiguous()).split(_PIECE_BYTES):
-            data = _buffer(piece)
-            sums[name] = zlib.crc32(data, sums[name])
-            yield data
+            yield name, _buffer(piece)
 
 
 def _turned_pieces(tensor: Tensor) -> Iterator[Tensor]:
