@@ -1,4 +1,4 @@
-"""What loading costs: memory close to the size of the file, and time close to reading it."""
+"""What loading costs: memory close to the size of the file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,13 @@ D, F = 1024, 16384  # 128 MiB in float32
 HOOK = "blocks.4.hook_resid_post"
 
 MEASURE = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 import torch
-from safetensors.torch import load_file
 from sae_core import SAE
 
 def status(field):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field + ":"))
-
-def seconds(work):
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        work()
-        best = min(best, time.process_time() - start)
-    return best
 
 torch.set_num_threads(1)
 SAE.load(sys.argv[1])  # imports, and whatever else happens once
@@ -45,13 +36,6 @@ for path in map(Path, sys.argv[2:]):
         peak = status("VmHWM") - before
         del sae
         found[f"{path.name} as {dtype}"] = peak / size
-    def read():
-        if weights.suffix == ".pt":
-            tensors = torch.load(weights, weights_only=True)
-        else:
-            tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-        assert all(bool(tensor.sum().isfinite()) for tensor in tensors.values())
-    found[f"{path.name} time"] = seconds(lambda: SAE.load(path)) / seconds(read)
 print(json.dumps(found))
 """
 
@@ -87,13 +71,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux reports it")
-def test_loading_needs_at_most_a_fifth_more_memory_than_the_file_and_a_third_more_time(folders: list[Path]):
+def test_loading_needs_at_most_a_fifth_more_memory_than_the_file(folders: list[Path]):
     small = Path(__file__).parent / "golden/sparsify/sae"
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(small), *map(str, folders)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
-    assert len(measured) == 3 * len(folders)
-    limits = {name: 1.3 if name.endswith("time") else 1.2 for name in measured}
-    assert {name: ratio for name, ratio in measured.items() if ratio > limits[name]} == {}
+    assert len(measured) == 2 * len(folders)
+    assert {name: ratio for name, ratio in measured.items() if ratio > 1.2} == {}

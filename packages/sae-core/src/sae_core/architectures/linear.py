@@ -295,7 +295,7 @@ class LinearSAE(SAE[C], ABC):
         if not self.folds:
             return super().fold_decoder_norm()
         config = self.unit_norm_config(self.config)
-        self._take(self._without_norms(self.tensors()))
+        self._take(self._without_norms(self.tensors(), self.decoder_norms()))
         self.config = config
         return None
 
@@ -348,13 +348,14 @@ class LinearSAE(SAE[C], ABC):
             config = dataclasses.replace(config, normalize_activations="none", activation_normalization_factor=1.0)
         return config
 
-    def _without_norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _without_norms(self, tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
         scales = {name: self.axis(name).scales for name in tensors}
-        return fold_decoder_norm(tensors, scales, self.decoder_norms().detach())
+        return fold_decoder_norm(tensors, scales, norms.detach())
 
     def _folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.latent_norms() is not None:  # before a scale changes the norms that latents are ranked by
-            tensors = self._without_norms(tensors)
+        norms = self.latent_norms()
+        if norms is not None:  # before a scale changes the norms that latents are ranked by
+            tensors = self._without_norms(tensors, norms)
         if not self.normalization.folds:
             return dict(tensors)
         inputs = self.normalization.fixed_map()

@@ -22,6 +22,7 @@ from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
 from sae_core.format.tensors import common_dtype, plain_tensor
 from sae_core.format.trouble import first_line, trouble
+from sae_core.ops.memory import fresh_copy
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import OUR_EXTENSIONS, one_line
 from sae_core.protocols import FileSource, LoadedSAE, Loader
@@ -191,7 +192,7 @@ def build_sae(
     _fill(sae, pool, where, as_device(device), cast_to if dtype is None else as_dtype(dtype))
     for tensor in (*sae.parameters(), *sae.buffers()):
         if from_file and not tensor.is_meta and _place(tensor) in from_file:
-            tensor.data = tensor.data.clone()
+            tensor.data = fresh_copy(tensor.data)
     sae.forget_statistics()  # of normalisations, which files do not hold: they are still on the meta device
     if loaded.activation_scale is not None:
         sae.normalization.set_scale(loaded.activation_scale)
@@ -229,7 +230,7 @@ def _fill(
             raise FormatError(f"{where}: tensor {file_name!r} holds {bad} values that are NaN or infinite")
         cast_to = dtype if parameter.is_floating_point() and not axis.keep_float32 else None
         tensor = tensor.to(device, cast_to)
-        _assign(sae, name, tensor.t().contiguous() if axis.file else tensor)
+        _assign(sae, name, fresh_copy(tensor.t()) if axis.file else tensor)
 
 
 def _not_finite(tensor: Tensor) -> int:

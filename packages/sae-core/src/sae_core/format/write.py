@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -59,31 +60,33 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
     exported = checked_export(sae)
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
     tensors = {name: tensor.detach().to("cpu") for name, tensor in exported.tensors.items()}
-    _check_finite(tensors, path)
     training = sae if needs_training_form(sae, exported) else None
-    with trouble(path, "writing"):
+    with ThreadPoolExecutor(1) as beside, trouble(path, "writing"):
+        finite = beside.submit(_check_finite, tensors, path)  # known before anything takes its place
         if path.exists() and not path.is_dir():
             raise FormatError(f"{path}: cannot save an SAE there, it is a file; give a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_dir():
             _sweep_folders(path)
-            if _write_new(path, cfg, tensors, training):
+            if _write_new(path, cfg, tensors, training, finite):
                 return path
         with locked(path):
             _refuse_folders(path, training is not None)
             settle(path)
             if not overwrite:
                 _refuse_strangers(path, training is not None)
-            _write_into(path, cfg, tensors, training)
+            _write_into(path, cfg, tensors, training, finite)
     return path
 
 
-def _write_new(path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None) -> bool:
+def _write_new(
+    path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None, finite: Future[None]
+) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = unique_folder(path)
     try:
         with locked(temporary):  # so that nobody sweeps it
-            _write_into(temporary, cfg, tensors, training)
+            _write_into(temporary, cfg, tensors, training, finite)
             try:
                 temporary.rename(path)
             except OSError:
@@ -186,7 +189,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None) -> None:
+def _write_into(
+    folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None, finite: Future[None]
+) -> None:
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
     try:
@@ -198,6 +203,7 @@ def _write_into(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], t
         for path in (weights, config, *([trained] if trained else [])):
             sync_file(path)
             path.chmod(0o666 & ~umask())
+        finite.result()
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
         if trained is not None:

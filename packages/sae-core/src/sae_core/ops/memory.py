@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["fresh_like", "large_memory_is_kept"]
+__all__ = ["fresh_copy", "fresh_like", "large_memory_is_kept"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 2**10, 65536  # mallopt(3)
@@ -59,6 +59,11 @@ def fresh_like(tensor: Tensor) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.empty(tensor.shape, dtype=np.float32))  # pyright: ignore[reportUnknownMemberType]
+
+
+def fresh_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy of the tensor in memory of its own."""
+    return fresh_like(tensor).copy_(tensor)
 
 
 @functools.cache
