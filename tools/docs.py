@@ -62,6 +62,7 @@ def hooks_page() -> str:
 
 def cli_page() -> str:
     """docs/cli.md: what ``--help`` prints, of every command and every action of it."""
+    from sae_core.cli.arguments import Parser
     from sae_core.plugins import Registry
     from sae_core.plugins.switches import Switches
     from sae_core.protocols import Command
@@ -73,7 +74,7 @@ def cli_page() -> str:
             continue
         name = contribution.spec.name.replace("_", "-")
         command = cast("Command", registry.usable("command", contribution.qualified)())
-        parser = argparse.ArgumentParser(prog=f"sae-core {name}", description=command.help, allow_abbrev=False)
+        parser = Parser(prog=f"sae-core {name}", description=command.help)
         command.configure(parser)
         lines += [f"## {name}", "", f"{contribution.spec.summary} ({contribution.distribution}).", ""]
         for each in _with_actions(parser):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sae_core.cli.arguments import whole_number
 from sae_core.testing import PluginFolder
 
 COMMAND = """
@@ -66,6 +68,32 @@ def test_wrong_usage_exits_with_2_and_shows_the_usage(site: PluginFolder) -> Non
     assert "usage: sae-core say-hello" in done.stderr
     assert site.cli("list-plugins", "--jsno").returncode == 2
     assert site.cli("list", "architecture").returncode == 2
+
+
+COUNT = """
+class Hello:
+    help = "Count."
+
+    def configure(self, parser):
+        action = parser.add_subparsers().add_parser("up")
+        action.add_argument("--to", type=int)
+
+    def run(self, args):
+        print(args.to)
+        return 0
+"""
+
+
+def test_whole_numbers_of_every_command_may_have_an_exponent(site: PluginFolder) -> None:
+    site.add("sae-hello", COMMAND, version="0.4", files={"cli.py": COUNT})
+    assert site.cli("say-hello", "up", "--to", "1e6").stdout == "1000000\n"
+    assert "'1.5' is no whole number" in site.cli("say-hello", "up", "--to", "1.5").stderr
+
+
+@pytest.mark.parametrize("text", ["", "x", "0.5", "1e-3", "nan", "inf", "1e19", "1e999999999", "1e6x"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is no (whole )?number"):
+        whole_number(text)
 
 
 def test_an_unknown_command_exits_with_2_and_offers_the_nearest(site: PluginFolder) -> None:

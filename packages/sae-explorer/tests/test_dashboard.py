@@ -125,6 +125,27 @@ def test_the_command_studies_what_was_not_studied(
     assert "it is not RELEASE:ID" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["--latents", "90-99"], "90-99 is not within 0 to 95"), (["--latents", "x"], "is no number and no range")],
+)
+def test_what_cannot_be_written_is_said_before_the_study_is_made(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    study = ["--study", str(tmp_path / "study"), "--device", "cpu"]
+    assert main(["dashboard", str(world / "one"), str(tmp_path / "out.html"), *given, *study]) == 1
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_latents_for_one_file_are_refused_before_the_study_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create("topk", d_in=4, d_sae=501, k=2).save(tmp_path / "wide")
+    assert main(["dashboard", str(tmp_path / "wide"), str(tmp_path / "out.html"), "--device", "cpu"]) == 1
+    assert "501 latents are too many for one file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "x", "5-3", "96", "1,,2", "-1"])
 def test_latents_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--latents"):

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from sae_core.cli import main
 from sae_core.errors import ConfigError, DataError
 from sae_explorer import open_studied
 from sae_explorer.cli.explore import names_of
 from sae_explorer.playing import Change, Model
-from sae_explorer.server import application
+from sae_explorer.server import application, listen
 from starlette.testclient import TestClient
 
 TOKEN, PORT = "secret", 4321
@@ -199,6 +200,30 @@ def test_compared_dictionaries_match_as_their_cosines_say(
     alive = opened[0]["one"].study.latents["count"] > 0
     assert found["only_a_count"] == int(((best.values < 0.5) & alive).sum())
     assert found["mean"] == pytest.approx(float(best.values.mean()), abs=1e-3)
+
+
+def test_dictionaries_of_different_models_are_refused_before_any_study(world: Path, tmp_path: Path) -> None:
+    from sae_core import create
+
+    other = create("topk", d_in=32, d_sae=8, k=2)
+    other.metadata = {"model_name": "elsewhere", "hook_name": "model.layers.1"}
+    other.save(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"of different models: .*model, .*other of elsewhere"):
+        open_studied([str(world / "one"), str(tmp_path / "other")], device="cpu")
+    other.metadata = {}
+    other.save(tmp_path / "silent")
+    with pytest.raises(ConfigError, match="silent does not say of which model it is"):
+        open_studied([str(world / "one"), str(tmp_path / "silent")], device="cpu")
+    assert not list(tmp_path.glob("*/study"))
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen() as listening:
+        port = listening.getsockname()[1]
+        assert main(["explore", "nowhere", "--port", str(port)]) == 1
+    assert f"port {port} cannot be had" in capsys.readouterr().err
+    assert main(["explore", "nowhere", "--port", "1e6"]) == 1
+    assert "port 1000000 cannot be had" in capsys.readouterr().err
 
 
 def test_a_release_and_an_id_are_one_name(world: Path) -> None:

@@ -14,17 +14,29 @@ if TYPE_CHECKING:
     from sae_explorer.labels import Labels
     from sae_explorer.opening import Opened, open_studied
     from sae_explorer.reading import Studied
+    from sae_explorer.upload import NeuronpediaId, write_upload
 
 __version__ = "0.1.0"
 
-__all__ = ["Labels", "Opened", "Studied", "__version__", "open_studied", "write_dashboard"]
+__all__ = [
+    "Labels",
+    "NeuronpediaId",
+    "Opened",
+    "Studied",
+    "__version__",
+    "open_studied",
+    "write_dashboard",
+    "write_upload",
+]
 
 _HOMES = {
     "Labels": "labels",
+    "NeuronpediaId": "upload",
     "Opened": "opening",
     "Studied": "reading",
     "open_studied": "opening",
     "write_dashboard": "dashboard",
+    "write_upload": "upload",
 }
 
 

@@ -20,7 +20,7 @@ from sae_core.durable import sync_folder, umask, unique_folder
 from sae_explorer.index import COLUMNS, Query, search
 from sae_explorer.reading import Studied
 
-__all__ = ["MOST_IN_ONE_FILE", "page_file", "parse_latents", "write_dashboard"]
+__all__ = ["MOST_IN_ONE_FILE", "page_file", "parse_latents", "require_room", "write_dashboard"]
 
 MOST_IN_ONE_FILE = 500
 _BLOCK = 32
@@ -48,6 +48,17 @@ def parse_latents(text: str, d_sae: int) -> list[int]:
     return sorted(found)
 
 
+def require_room(out: str | Path, latents: Sequence[int]) -> None:
+    """Raise ConfigError where a dashboard of these latents cannot be written, before work is put into it."""
+    out = Path(out)
+    require(not out.exists(), f"dashboard: {out} exists; name another, or remove it")
+    require(bool(latents), "dashboard: there is no latent to show")
+    require(
+        out.suffix != ".html" or len(latents) <= MOST_IN_ONE_FILE,
+        f"dashboard: {len(latents):,} latents are too many for one file; name a folder, or {MOST_IN_ONE_FILE} --latents",
+    )
+
+
 def write_dashboard(
     studied: Studied,
     out: str | Path,
@@ -62,13 +73,8 @@ def write_dashboard(
     """
     out = Path(out)
     chosen = list(range(studied.sae.d_sae)) if latents is None else sorted(set(latents))
+    require_room(out, chosen)
     one_file = out.suffix == ".html"
-    require(not out.exists(), f"dashboard: {out} exists; name another, or remove it")
-    require(bool(chosen), "dashboard: there is no latent to show")
-    require(
-        not one_file or len(chosen) <= MOST_IN_ONE_FILE,
-        f"dashboard: {len(chosen):,} latents are too many for one file; name a folder, or at most {MOST_IN_ONE_FILE} --latents",
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = unique_folder(out)
     try:

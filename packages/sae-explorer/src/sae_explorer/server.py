@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields
@@ -27,7 +28,7 @@ from sae_explorer.index import Query, fires_on, search
 from sae_explorer.playing import Change, Model, counted
 from sae_explorer.reading import Studied
 
-__all__ = ["application", "new_token", "serve"]
+__all__ = ["application", "listen", "new_token", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -215,24 +216,29 @@ def application(
     return _Guard(Starlette(routes=routes), token, port)
 
 
-def serve(
-    studied: Mapping[str, Studied], model: Model | None, *, port: int = 0, say: Callable[[str], object] = print
-) -> None:
-    """Serve until interrupted, on a free port where `port` is 0; `say` gets the address once it listens.
-
-    Raises SaeCoreError when the port is taken.
-    """
-    import socket
-
-    import uvicorn
-
+def listen(port: int = 0) -> socket.socket:
+    """A socket that has a port of 127.0.0.1, a free one where `port` is 0. Raises SaeCoreError when it cannot be had."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("127.0.0.1", port))
-    except OSError as error:
+        listening.listen()  # only then does nobody else get the port
+    except (OSError, OverflowError) as error:
         listening.close()
-        raise SaeCoreError(f"explore: port {port} cannot be had: {error.strerror}; name another with --port") from None
+        raise SaeCoreError(f"explore: port {port} cannot be had: {error}; name another with --port") from None
+    return listening
+
+
+def serve(
+    studied: Mapping[str, Studied],
+    model: Model | None,
+    listening: socket.socket,
+    *,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Serve on what `listen` gave until interrupted; `say` gets the address."""
+    import uvicorn
+
     port, token = int(listening.getsockname()[1]), new_token()
     app = cast("Any", application(studied, model, token=token, port=port))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off")

@@ -19,6 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO, cast
 
+from sae_core.cli.arguments import Parser
 from sae_core.errors import PluginError, SaeCoreError
 from sae_core.plugins import Contribution, PluginWarning, Registry, get_registry
 from sae_core.plugins.errors import unknown_name
@@ -81,17 +82,16 @@ def _dispatch(arguments: list[str]) -> int:
         with redirect_stdout(sys.stderr):  # what a plugin prints while it loads is no part of a command's output
             registry = get_registry()
     commands = _commands(registry)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sae-core",
         description="Train, read and evaluate sparse autoencoders and transcoders of language models.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sae-core {core_version()}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     parsers = {
-        name: subparsers.add_parser(name, help=contribution.spec.summary.replace("%", "%%"), allow_abbrev=False)
+        name: subparsers.add_parser(name, help=contribution.spec.summary.replace("%", "%%"))
         for name, contribution in commands.items()
     }
     if chosen is not None and chosen not in commands:

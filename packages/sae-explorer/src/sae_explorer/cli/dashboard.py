@@ -5,23 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import ClassVar, final
 
-__all__ = ["DashboardCommand", "add_study_options", "whole_number"]
-
-
-def whole_number(text: str) -> int:
-    """A number of tokens; 1e6 is one, too.
-
-    >>> whole_number("1e6")
-    1000000
-    """
-    try:
-        number = float(text)
-        whole = int(number)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    if whole != number or whole < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return whole
+__all__ = ["DashboardCommand", "add_study_options"]
 
 
 def add_study_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -33,7 +17,7 @@ def add_study_options(parser: argparse.ArgumentParser, *, several: bool) -> None
     )  # fmt: skip
     parser.add_argument(
         "--tokens",
-        type=whole_number,
+        type=int,
         metavar="N",
         help="positions that a study looks at if it is made (default: 200000)",
     )
@@ -60,27 +44,39 @@ class DashboardCommand:
         parser.add_argument(
             "--no-model", action="store_true", help="do without the model if there is a study; logits get no histograms"
         )
+        parser.add_argument(
+            "--neuronpedia", metavar="ID",
+            help="write no page but the files that Neuronpedia takes; ID says where they belong, say gpt2-small/8-res-jb",
+        )  # fmt: skip
         add_study_options(parser, several=False)
 
     def run(self, args: argparse.Namespace) -> int:
         """Write it and say where it is."""
-        from pathlib import Path
-
-        from sae_core.config import require
+        from sae_core.sae import load_named
+        from sae_lm.model import place
         from tqdm.auto import tqdm
 
-        from sae_explorer.dashboard import parse_latents, write_dashboard
+        from sae_explorer.dashboard import parse_latents, require_room, write_dashboard
         from sae_explorer.opening import open_studied
+        from sae_explorer.upload import NeuronpediaId, write_upload
 
-        require(not Path(args.out).exists(), f"dashboard: {args.out} exists; name another, or remove it")
+        where = None if args.neuronpedia is None else NeuronpediaId.parse(args.neuronpedia)
+        sae = load_named(args.sae, device=place(args.device))
+        latents = range(sae.d_sae) if args.latents is None else parse_latents(args.latents, sae.d_sae)
+        require_room(args.out, latents)
         opened = open_studied(
-            [args.sae], studies=args.studies, tokens=args.tokens, text=args.text, device=args.device,
+            {args.sae: sae}, studies=args.studies, tokens=args.tokens, text=args.text, device=args.device,
             overrides=args.overrides, with_model=not args.no_model,
         )  # fmt: skip
-        studied = opened.studied[args.sae]
-        chosen = None if args.latents is None else parse_latents(args.latents, studied.sae.d_sae)
-        total = studied.sae.d_sae if chosen is None else len(chosen)
-        with tqdm(total=total, unit="latent", disable=None) as bar:
-            page = write_dashboard(studied, args.out, chosen, progress=lambda done: bar.update(done - bar.n))
-        print(f"open {page.absolute().as_uri()}")
+        with tqdm(total=len(latents), unit="latent", disable=None) as bar:
+
+            def progress(done: int) -> object:
+                return bar.update(done - bar.n)
+
+            if where is None:
+                page = write_dashboard(opened.studied[args.sae], args.out, latents, progress=progress)
+                said = f"open {page.absolute().as_uri()}"
+            else:
+                said = f"wrote {write_upload(opened.studied[args.sae], args.out, where, latents, progress=progress)}"
+        print(said)
         return 0

@@ -29,24 +29,18 @@ class Explore:
 
     def run(self, args: argparse.Namespace) -> int:
         """Serve until Ctrl-C."""
-        from sae_core.config import require
-
         from sae_explorer.opening import open_studied
         from sae_explorer.playing import Model
-        from sae_explorer.server import serve
+        from sae_explorer.server import listen, serve
 
-        require(0 <= args.port < 65536, f"--port: {args.port} is no port")
-        opened = open_studied(
-            names_of(args.saes), studies=args.studies, tokens=args.tokens, text=args.text, device=args.device,
-            overrides=args.overrides,
-        )  # fmt: skip
-        assert opened.source is not None
-        serve(
-            opened.studied,
-            Model(opened.source, opened.studied),
-            port=args.port,
-            say=lambda text: print(text, flush=True),
-        )
+        with listen(args.port) as listening:  # first, for a study may take hours
+            opened = open_studied(
+                names_of(args.saes), studies=args.studies, tokens=args.tokens, text=args.text, device=args.device,
+                overrides=args.overrides,
+            )  # fmt: skip
+            assert opened.source is not None
+            model = Model(opened.source, opened.studied)
+            serve(opened.studied, model, listening, say=lambda text: print(text, flush=True))
         return 0
 
 
