@@ -7,6 +7,9 @@ the starts are implied. Work and memory then follow the number of active latents
 Early in training a ReLU dictionary is half active, and listing entries costs more than it saves. `DenseCodes` answers the
 same few questions for that case, so that an objective is written once for both: `per_latent` lines a (d_sae,) parameter up
 with the values, `row_sums` adds values over each row.
+
+Where latents are shared out over ranks (`sae_core.latent_ranks`) codes hold those of this rank, and what is asked of a row,
+sums and `l0`, is that of all ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import ShapeError
+from sae_core.latent_ranks import summed_over_ranks
 
 __all__ = ["Codes", "DenseCodes", "LatentMajor", "SparseCodes"]
 
@@ -147,7 +151,7 @@ class SparseCodes:
         """(...,) number of non-zero latents in each row."""
         counts = torch.zeros(self.rows, dtype=torch.long, device=self.device)
         counts.index_add_(0, self.row_ids(), (self.values != 0).long())
-        return counts.view(self.leading_shape)
+        return summed_over_ranks(counts).view(self.leading_shape)
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: the latents that are non-zero anywhere in the batch."""
@@ -194,8 +198,8 @@ class SparseCodes:
         """(rows,) sums of `values` (entries,), by default the codes' own, over each row."""
         values = self.values if values is None else values
         if self.k is not None:
-            return values.view(self.rows, self.k).sum(-1)
-        return values.new_zeros(self.rows).index_add(0, self.row_ids(), values)
+            return summed_over_ranks(values.view(self.rows, self.k).sum(-1))
+        return summed_over_ranks(values.new_zeros(self.rows).index_add(0, self.row_ids(), values))
 
     def row_dots(self, parameter: Tensor) -> Tensor:
         """(rows,) sums over each row of the codes' values times a (d_sae,) parameter."""
@@ -254,7 +258,7 @@ class DenseCodes:
 
     def l0(self) -> Tensor:
         """(...,) number of non-zero latents in each row."""
-        return (self.values != 0).sum(-1).view(self.leading_shape)
+        return summed_over_ranks((self.values != 0).sum(-1)).view(self.leading_shape)
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: the latents that are non-zero anywhere in the batch."""
@@ -282,11 +286,11 @@ class DenseCodes:
 
     def row_sums(self, values: Tensor | None = None) -> Tensor:
         """(rows,) sums of `values` (rows, d_sae), by default the codes' own, over each row."""
-        return (self.values if values is None else values).sum(-1)
+        return summed_over_ranks((self.values if values is None else values).sum(-1))
 
     def row_dots(self, parameter: Tensor) -> Tensor:
         """(rows,) sums over each row of the codes' values times a (d_sae,) parameter."""
-        return self.values @ parameter
+        return summed_over_ranks(self.values @ parameter)
 
 
 Codes = SparseCodes | DenseCodes

@@ -33,6 +33,7 @@ from typing_extensions import TypeVar
 from sae_core.codes import Codes, DenseCodes, SparseCodes
 from sae_core.config import check_fields, option, require
 from sae_core.errors import ConfigError, DataError, ShapeError
+from sae_core.latent_ranks import current_ranks, latents_here, latents_over
 from sae_core.normalization import Normalization, NormalizationName, Units
 from sae_core.protocols import ActivationBatch
 from sae_core.sites import Sites
@@ -124,17 +125,19 @@ class StepContext:
 
     `progress` is the fraction of training done, for schedules; `dead` holds the indices (n_dead,) of latents that have not
     fired for a while, or None; `density` is the recent mean fraction of active latents, or None at the start, from which
-    the ops choose their form.
+    the ops choose their form. Where latents are shared out over ranks, `dead` may be empty, and `dead_elsewhere` counts those
+    of the other ranks.
     """
 
     progress: float = 0.0
     dead: Tensor | None = None
     density: float | None = None
+    dead_elsewhere: int = 0
 
     @property
     def n_dead(self) -> int:
-        """Number of dead latents."""
-        return 0 if self.dead is None else self.dead.numel()
+        """Number of dead latents, on all ranks."""
+        return self.dead_elsewhere + (0 if self.dead is None else self.dead.numel())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,6 +219,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     `starts_from_data`, `start_from` wants to see the first samples;
     `has_encoder_product`, the large product of training goes through the ops (`encode_entries`, `encode_active`);
     `restarts_latents`, it implements the method `restart_latents`;
+    `shares_out_latents`, its latents can be shared out over ranks (`sae_core.latent_ranks`): it makes its tensors for `d_sae`
+    latents, those of this rank, and whatever looks across all latents goes through the ops and `codes`;
     `example`, the fields that a small instance (16 wide, 64 latents) needs besides, for the checks of `sae_core.testing`.
     """
 
@@ -228,12 +233,19 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     starts_from_data: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = False
     restarts_latents: ClassVar[bool] = False
+    shares_out_latents: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = {}
     config: ConfigT_co
 
     def __init__(self, config: ConfigT_co) -> None:
         super().__init__()
         self.config = config
+        self.ranks = current_ranks()
+        self.latents = latents_here(config.d_sae, self.ranks)
+        if self.ranks is not None and not self.shares_out_latents:
+            raise ConfigError(
+                f"{self.architecture}: latents of this architecture cannot be shared out over ranks; keep them on one"
+            )
         self.metadata: dict[str, Any] = {}
         self.forget_statistics()
 
@@ -341,8 +353,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
     @property
     def d_sae(self) -> int:
-        """Width of the dictionary."""
-        return self.config.d_sae
+        """Number of latents that are here: the width of the dictionary, or this rank's part of it."""
+        return len(self.latents)
 
     @property
     def d_out(self) -> int:
@@ -434,19 +446,22 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of `x` (for transcoders: the prediction), in the model's units."""
-        prepared = self.prepare(x)
-        y_RO = self.decode_rows(self.encode_rows(prepared), prepared)
-        return self._restore(y_RO, prepared)
+        with latents_over(self.ranks):
+            prepared = self.prepare(x)
+            y_RO = self.decode_rows(self.encode_rows(prepared), prepared)
+            return self._restore(y_RO, prepared)
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (..., d_sae)."""
-        prepared = self.prepare(x)
-        return self.encode_rows(prepared).to_dense().view(*prepared.leading_shape, self.d_sae)
+        with latents_over(self.ranks):
+            prepared = self.prepare(x)
+            return self.encode_rows(prepared).to_dense().view(*prepared.leading_shape, self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
         """Latent activations as sparse codes."""
-        prepared = self.prepare(x)
-        codes = self.encode_rows(prepared)
+        with latents_over(self.ranks):
+            prepared = self.prepare(x)
+            codes = self.encode_rows(prepared)
         return (codes.to_sparse() if isinstance(codes, DenseCodes) else codes).reshape(*prepared.leading_shape)
 
     def decode(self, latents: Tensor | SparseCodes, x: Tensor | None = None) -> Tensor:
@@ -470,7 +485,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
                 f"{self.architecture}: latents of leading shape {leading}, but x has {prepared.leading_shape}; pass the input "
                 "that was encoded"
             )
-        y_RO = self.decode_rows(codes, prepared)
+        with latents_over(self.ranks):
+            y_RO = self.decode_rows(codes, prepared)
         if prepared is not None:
             return self._restore(y_RO, prepared)
         normalization = self.normalization if self.target_normalization is None else self.target_normalization
@@ -482,7 +498,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         prepared = self.prepare(inputs)
         if prepared.z.shape[0] == 0:
             raise ShapeError(f"{self.architecture}: a batch of shape {tuple(inputs.shape)} has no row to train on")
-        return self.objective(prepared, self.target_rows(prepared, targets), context or StepContext())
+        with latents_over(self.ranks):
+            return self.objective(prepared, self.target_rows(prepared, targets), context or StepContext())
 
     def target_rows(self, prepared: Prepared, targets: Tensor | None) -> Tensor:
         """What reconstructions are compared with, (rows, d_out): the target or the input itself, normalised where that is a

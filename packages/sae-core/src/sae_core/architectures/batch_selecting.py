@@ -29,6 +29,7 @@ from sae_core.architectures.selecting import SelectingConfig, SelectingSAE, requ
 from sae_core.codes import Codes, SparseCodes
 from sae_core.config import Schedule, option, require, value_at
 from sae_core.ops.batch_topk import BatchTopK
+from sae_core.ops.merging import smallest_value
 from sae_core.sae import Axis, Export, Prepared, StepContext, StepOutput, training_option
 
 __all__ = ["BatchSelectingConfig", "BatchSelectingSAE"]
@@ -82,7 +83,7 @@ class BatchSelectingSAE(SelectingSAE[C], ABC):
         norms = self.latent_norms()
         threshold = self.topk_threshold.clamp(min=0).to(self.dtype)
         floor = threshold.expand(self.d_sae) if norms is None else threshold / norms.detach()
-        expected = StepContext(density=value_at(self.config.k, 1.0) / self.d_sae)
+        expected = StepContext(density=value_at(self.config.k, 1.0) / self.config.d_sae)
         codes = self.pre(prepared, expected, floor=floor)
         return times_norms(codes.map(lambda h: torch.where(h > codes.per_latent(floor), h, 0.0)), norms)
 
@@ -104,12 +105,13 @@ class BatchSelectingSAE(SelectingSAE[C], ABC):
     @torch.no_grad()
     def _move_threshold(self, latents: SparseCodes) -> None:
         """In eval mode, and with no latent, nothing happens."""
-        if not self.training or latents.values.numel() == 0:
+        if not self.training:
             return
-        rate, smallest = self.config.topk_threshold_lr, latents.values.min().double()
+        rate, smallest = self.config.topk_threshold_lr, smallest_value(latents, self.ranks).double()
         if not self.config.topk_threshold_bias_correction:
-            self.topk_threshold.lerp_(smallest.to(self.topk_threshold.dtype), rate)
-            return
-        before = self.topk_threshold_weight * (1 - rate)
-        self.topk_threshold_weight.copy_(before + rate)
-        self.topk_threshold.copy_((before * self.topk_threshold + rate * smallest) / self.topk_threshold_weight)
+            moved = torch.lerp(self.topk_threshold.double(), smallest, rate)
+        else:
+            before = self.topk_threshold_weight * (1 - rate)
+            moved = (before * self.topk_threshold + rate * smallest) / (before + rate)
+            self.topk_threshold_weight.copy_((before + rate).where(smallest.isfinite(), self.topk_threshold_weight))
+        self.topk_threshold.copy_(moved.where(smallest.isfinite(), self.topk_threshold))

@@ -70,7 +70,7 @@ class GatedSAE(LinearSAE[GatedConfig]):
 
     def __init__(self, config: GatedConfig) -> None:
         super().__init__(config)
-        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
 
     def encode_rows(self, prepared: Prepared) -> Codes:
         """Magnitudes where the gate is open."""

@@ -34,6 +34,7 @@ from sae_core.architectures.linear import LinearConfig, LinearSAE
 from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes
 from sae_core.config import Schedule, option, require, value_at
+from sae_core.latent_ranks import summed_over_ranks
 from sae_core.ops.encode import encode_dense
 from sae_core.ops.ste import active_count, jump
 from sae_core.sae import Axis, Prepared, SAEConfig, StepContext, StepOutput, training_option
@@ -115,7 +116,7 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
 
     def __init__(self, config: JumpReLUConfig) -> None:
         super().__init__(config)
-        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+        self.threshold = nn.Parameter(torch.zeros(self.d_sae))
 
     @property
     def starts(self) -> Mapping[str, float]:
@@ -179,4 +180,5 @@ class JumpReLUSAE(LinearSAE[JumpReLUConfig]):
         h_RF = encode_dense(z_RD, self.centre(), self.encoder[dead], self.get_parameter("b_enc")[dead])
         short_RF = (self.threshold[dead].to(h_RF.dtype) - h_RF).relu()
         norms = Sites(self.writes).norms(self.W_dec[dead], self.config.decoder_norm)
-        return (short_RF * (norms.detach() if self.config.freeze_decoder_in_pre_act else norms)).sum(-1).mean()
+        weighted_RF = short_RF * (norms.detach() if self.config.freeze_decoder_in_pre_act else norms)
+        return summed_over_ranks(weighted_RF.sum(-1)).mean()

@@ -124,14 +124,15 @@ class LinearSAE(SAE[C], ABC):
     folds: ClassVar[bool] = False
     has_encoder_product: ClassVar[bool] = True
     restarts_latents: ClassVar[bool] = True
+    shares_out_latents: ClassVar[bool] = True
     W_skip: nn.Parameter | None
 
     def __init__(self, config: C) -> None:
         super().__init__(config)
-        self.encoder = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.encoder = nn.Parameter(torch.empty(self.d_sae, config.d_in))
         for name in self.biases:
-            self.register_parameter(name, nn.Parameter(torch.zeros(config.d_sae)))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, self.d_out))
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.d_sae)))
+        self.W_dec = nn.Parameter(torch.empty(self.d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_out, config.d_in)) if config.skip else None)
 

@@ -92,7 +92,8 @@ class MatryoshkaBatchTopKSAE(BatchSelectingSAE[MatryoshkaBatchTopKConfig]):
             return self.auxiliary(prepared, residuals[-1], dead, norms)
         total = prepared.z.new_zeros(())
         for (start, end), residual in zip(pairwise((0, *self.config.levels)), residuals, strict=True):
-            added = dead.where((dead.indices >= start) & (dead.indices < end))
-            if added.indices.numel():
+            numbers = dead.indices + self.latents.start
+            added = dead.where((numbers >= start) & (numbers < end))
+            if added.total:
                 total = total + self.auxiliary(prepared, residual, added, norms)
         return total

@@ -122,7 +122,9 @@ class SelectingSAE(LinearSAE[C], ABC):
         norms = self.latent_norms()
         norms = None if norms is None else norms.detach()  # ranks only: it cancels in the reconstruction
         wanted = context.dead if self.config.aux_loss_coefficient else None
-        encoder, W_dec, dead = with_dead(self.encoder, self.get_parameter("b_enc"), self.W_dec, wanted)
+        encoder, W_dec, dead = with_dead(
+            self.encoder, self.get_parameter("b_enc"), self.W_dec, wanted, context.dead_elsewhere
+        )
         codes = self.select(prepared, self.selection(context.progress, norms), context, encoder).map(self.activation)
         return norms, codes, W_dec, dead
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
+from sae_core.latent_ranks import LatentRanks
 from sae_core.ops.certified import Proposed, proposed_above
 from sae_core.ops.largest import above
+from sae_core.ops.merging import best_of_batch
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.screening import count
@@ -75,6 +77,10 @@ class BatchTopK(KeepsK):
             entries += more
         count(product.rows, full, entries)
         return best.codes(product.rows, product.d_sae)
+
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        rank = codes.values if self.scale is None else codes.values * self.scale.to(codes.values.dtype)[codes.indices]
+        return best_of_batch(codes, rank, self._total(codes.rows, codes.d_sae * ranks.size), ranks)
 
     def among(self, codes: SparseCodes) -> SparseCodes:
         """The same choice among entries that are known already."""

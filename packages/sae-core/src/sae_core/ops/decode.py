@@ -6,6 +6,8 @@ decoder rows exists:
     y[i]      = sum over entries e of row i of     f_e W_dec[latent e]       a weighted bag
     dW_dec[j] = sum over entries e of latent j of  f_e dy[row e]             the transposed bag
     df_e      = dy[row e] . W_dec[latent e]                                  one dot product an entry
+
+Where latents are shared out over ranks, y is the sum of what each decodes; the gradients need nothing from other ranks.
 """
 
 # R rows, F d_sae, O width of the output, E entries
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_core.codes import Codes, DenseCodes, SparseCodes
+from sae_core.latent_ranks import current_ranks, summed_over_ranks
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
 from sae_core.ops.dispatch import entries_pay
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
@@ -29,6 +32,10 @@ __all__ = ["decode", "decode_and_norms", "decode_prefixes"]
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     """(rows, width): the reconstruction without bias; differentiable in the values and in `W_dec` (d_sae, width)."""
+    return summed_over_ranks(_decoded(codes, W_dec))
+
+
+def _decoded(codes: Codes, W_dec: Tensor) -> Tensor:
     if isinstance(codes, DenseCodes):
         return cast("Tensor", _DecodeDense.apply(codes.values, W_dec))
     if not entries_pay(entries=codes.values.numel(), rows=codes.rows, d_sae=codes.d_sae, device=codes.device):
@@ -47,9 +54,10 @@ def decode_and_norms(codes: Codes, W_dec: Tensor, sizes: Sequence[int] = ()) -> 
     >>> y.tolist(), norms.tolist()
     ([[0.0, 2.0]], [5.0, 1.0])
     """
-    return cast(
+    y_RO, norms_F = cast(
         "tuple[Tensor, Tensor]", _DecodeAndNorms.apply(codes.values, W_dec, codes, tuple(sizes or W_dec.shape[1:]))
     )
+    return summed_over_ranks(y_RO), norms_F
 
 
 def decode_prefixes(codes: SparseCodes, W_dec: Tensor, widths: Sequence[int]) -> Tensor:
@@ -63,7 +71,11 @@ def decode_prefixes(codes: SparseCodes, W_dec: Tensor, widths: Sequence[int]) ->
     >>> decode_prefixes(codes, torch.ones(3, 1), (1, 3)).flatten().tolist()
     [1.0, 6.0]
     """
-    return cast("Tensor", _DecodePrefixes.apply(codes.values, W_dec, codes, tuple(widths)))
+    ranks = current_ranks()
+    before = 0 if ranks is None else ranks.rank * codes.d_sae  # latents of lower ranks
+    return summed_over_ranks(
+        cast("Tensor", _DecodePrefixes.apply(codes.values, W_dec, codes, [width - before for width in widths]))
+    )
 
 
 class _DecodeDense(torch.autograd.Function):
@@ -137,7 +149,7 @@ class _DecodeAndNorms(torch.autograd.Function):
 
 class _DecodePrefixes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_E: Tensor, W_dec: Tensor, codes: SparseCodes, widths: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, values_E: Tensor, W_dec: Tensor, codes: SparseCodes, widths: list[int]) -> Tensor:
         levels, rows = len(widths), codes.rows
         boundaries = torch.tensor(widths).to(codes.device, non_blocking=True)
         level_E = torch.bucketize(codes.indices, boundaries, right=True)

@@ -23,19 +23,22 @@ import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
+from sae_core.errors import ConfigError
+from sae_core.latent_ranks import current_ranks, read_by_all_ranks
 from sae_core.ops.bags import latent_bags, row_bags
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
 from sae_core.ops.mixed import dense_dtype, dense_product
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.screening import ask, is_screened
-from sae_core.ops.select import CertifiedSelection, Selection
+from sae_core.ops.select import CertifiedSelection, Selection, SelectsOverRanks
 
 __all__ = ["encode_dense", "encode_entries"]
 
 
 def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
     """All pre-activations, (rows, d_sae), for small widths and dense codes; differentiable in all four tensors."""
+    x_RD, centre_D = read_by_all_ranks(x_RD), None if centre_D is None else read_by_all_ranks(centre_D)
     return cast("Tensor", _EncodeDense.apply(x_RD, centre_D, W_FD, b_F))
 
 
@@ -50,7 +53,10 @@ def encode_entries(
 
     Where the hardware is made for it, or whoever calls asks for it by `encoder_products`, the large product is screened: it
     runs in bfloat16, gives bounds instead of values, and the selection is made among values in float32 nevertheless.
+
+    Where latents are shared out over ranks, the selection is made among those of all, and what it keeps of this rank's is here.
     """
+    x_RD, centre_D = read_by_all_ranks(x_RD), None if centre_D is None else read_by_all_ranks(centre_D)
     selected: list[SparseCodes] = []
     values = cast("Tensor", _EncodeEntries.apply(x_RD, centre_D, W_FD, b_F, selection, selected))
     return selected[0].with_values(values)
@@ -123,6 +129,21 @@ class _EncodeEntries(torch.autograd.Function):
 
 
 def _chosen(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) -> SparseCodes:
+    ranks = current_ranks()
+    if ranks is None:
+        return _chosen_here(centred, W_FD, b_F, selection)
+    if not isinstance(selection, SelectsOverRanks):
+        raise ConfigError(
+            f"{type(selection).__name__}: this selection does not say what stays of it among the latents of all ranks; give it "
+            "the method over_ranks, or keep all latents on one rank"
+        )
+    if not len(W_FD):  # of dead latents, say, a rank may have none
+        none = centred.new_zeros(len(centred), 0, dtype=W_FD.dtype)
+        return selection.over_ranks(SparseCodes.regular(none, none.long(), 0), ranks)
+    return selection.over_ranks(_chosen_here(centred, W_FD, b_F, selection), ranks)
+
+
+def _chosen_here(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) -> SparseCodes:
     if isinstance(selection, CertifiedSelection):
         ask()
         if is_screened(

@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["above", "largest"]
+__all__ = ["above", "first_largest", "largest"]
 
 _GROUP = 8
 _MIN_WIDTH = 2048
 _MAX_DENSITY = 1 / 32
 
 
-def largest(x_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices (rows, k) of the k largest entries of every row, in no particular order; NaN counts as largest.
+def largest(x_RF: Tensor, k: int, *, sort: bool = False) -> tuple[Tensor, Tensor]:
+    """Values and indices (rows, k) of the k largest entries of every row, in no order unless `sort`; NaN counts as largest.
 
     >>> values, indices = largest(torch.tensor([[1.0, 3.0, 2.0]]), 2)
     >>> sorted(indices.flatten().tolist())
@@ -30,7 +30,7 @@ def largest(x_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = x_RF.shape
     if x_RF.device.type != "cpu" or width < _MIN_WIDTH or k > width * _MAX_DENSITY or rows == 0:
-        values, indices = torch.topk(x_RF, k, dim=-1, sorted=False)
+        values, indices = torch.topk(x_RF, k, dim=-1, sorted=sort)
         return values, indices
     groups = width // _GROUP
     grouped = groups * _GROUP  # group n has the members n, n + groups, n + 2 groups, ...: maxima then run along memory
@@ -41,8 +41,30 @@ def largest(x_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if grouped < width:
         rest = torch.arange(grouped, width, device=x_RF.device).expand(rows, -1)
         candidates = torch.cat([candidates, rest], dim=1)
-    values, positions = torch.topk(x_RF.gather(1, candidates), k, dim=-1, sorted=False)
+    values, positions = torch.topk(x_RF.gather(1, candidates), k, dim=-1, sorted=sort)
     return values, candidates.gather(1, positions)
+
+
+def first_largest(x_RF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `largest`; of entries that are equal, the first (on a GPU those that `torch.topk` takes, which are the first too).
+
+    >>> first_largest(torch.tensor([[2.0, 1.0, 3.0, 1.0]]), 3)[1].sort().values.tolist()
+    [[0, 1, 2]]
+    """
+    if x_RF.device.type != "cpu" or k >= x_RF.shape[1] or not k:
+        return largest(x_RF, k)
+    value_RM, index_RM = largest(x_RF, k + 1, sort=True)
+    value_RK, index_RK = value_RM[:, :k], index_RM[:, :k]
+    tied_R = value_RM[:, k - 1] == value_RM[:, k]
+    if bool(tied_R.any()):
+        rows = tied_R.nonzero().squeeze(1)
+        some_RF, last_R1 = x_RF[rows], value_RM[rows, k, None]
+        better_RF, equal_RF = (some_RF > last_R1) | some_RF.isnan(), some_RF == last_R1
+        room_R1 = k - better_RF.sum(1, keepdim=True)
+        kept_RF = better_RF | (equal_RF & (equal_RF.cumsum(1) <= room_R1))
+        index_RK[rows] = kept_RF.nonzero()[:, 1].view(-1, k)
+        value_RK[rows] = some_RF[kept_RF].view(-1, k)
+    return value_RK, index_RK
 
 
 def above(x_RF: Tensor, threshold: Tensor | float) -> Tensor:

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from sae_core.codes import SparseCodes
+from sae_core.config import require
+from sae_core.latent_ranks import LatentRanks, current_ranks
 from sae_core.ops.certified import above_threshold, best_of_groups, largest_of_rows
-from sae_core.ops.largest import above, largest
+from sae_core.ops.largest import above, first_largest
+from sae_core.ops.merging import best_of_rows
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 
-__all__ = ["Above", "AbsTopK", "CertifiedSelection", "GroupMax", "KeepsK", "Selection", "TopK"]
+__all__ = ["Above", "AbsTopK", "CertifiedSelection", "GroupMax", "KeepsK", "Selection", "SelectsOverRanks", "TopK"]
 
 _PIECE_BYTES = 4 * 2**20  # on a CPU rows are ranked in pieces that stay in the cache
 
@@ -62,6 +65,15 @@ class CertifiedSelection(Selection, Protocol):
         ...
 
 
+@runtime_checkable
+class SelectsOverRanks(Selection, Protocol):
+    """A selection that can be made where latents are shared out over ranks."""
+
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        """What stays of `codes`, which it has chosen among the latents of this rank, beside those of the others."""
+        ...
+
+
 class _HasK(Protocol):
     @property
     def k(self) -> float: ...
@@ -87,6 +99,8 @@ class KeepsK:
 class TopK(KeepsK):
     """The k largest entries of every row, ranked by ``pre * scale`` (scale (d_sae,), say decoder norms) when given.
 
+    Of equal entries the first latents stay, but for products that are screened.
+
     >>> pre = EncoderProduct(torch.eye(2), torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]]).T, torch.zeros(3))
     >>> TopK(k=1)(pre).indices.tolist()
     [1, 0]
@@ -100,6 +114,9 @@ class TopK(KeepsK):
 
     def screen(self, product: Screened) -> SparseCodes:
         return largest_of_rows(product, self.k, self.scale, signed=True, select=self)
+
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        return best_of_rows(codes, _ordering(codes, codes.values, self.scale), self.k, ranks)
 
     def among(self, codes: SparseCodes) -> SparseCodes:
         """The same choice among entries that are known already, the same number in every row."""
@@ -129,6 +146,9 @@ class AbsTopK(KeepsK):
     def screen(self, product: Screened) -> SparseCodes:
         return largest_of_rows(product, self.k, self.scale, signed=False, select=self)
 
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        return best_of_rows(codes, _ordering(codes, codes.values.abs(), self.scale), self.k, ranks)
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,16 +168,31 @@ class GroupMax(KeepsK):
     def __call__(self, product: EncoderProduct) -> SparseCodes:
         values: list[Tensor] = []
         indices: list[Tensor] = []
-        width = product.d_sae // self.k
-        starts = torch.arange(0, self.k * width, width, device=product.centred.device)
+        groups = self._groups_here()
+        width = product.d_sae // groups
+        starts = torch.arange(0, groups * width, width, device=product.centred.device)
         for pre_RF, ranked_RF in _ranked(product, self.scale, _identity):
-            index_RK = ranked_RF.unflatten(-1, (self.k, width)).argmax(-1) + starts
+            index_RK = ranked_RF.unflatten(-1, (groups, width)).argmax(-1) + starts
             values.append(pre_RF.gather(-1, index_RK).reshape(-1))
             indices.append(index_RK.reshape(-1))
-        return SparseCodes(torch.cat(values), torch.cat(indices), (product.rows,), product.d_sae, k=self.k)
+        return SparseCodes(torch.cat(values), torch.cat(indices), (product.rows,), product.d_sae, k=groups)
 
     def screen(self, product: Screened) -> SparseCodes:
-        return best_of_groups(product, self.k, self.scale, select=self)
+        return best_of_groups(product, self._groups_here(), self.scale, select=self)
+
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        return codes
+
+    def _groups_here(self) -> int:
+        """Groups stay whole on a rank."""
+        ranks = current_ranks()
+        if ranks is None:
+            return self.k
+        require(
+            self.k % ranks.size == 0,
+            f"k = {self.k} groups of latents cannot be shared out evenly over {ranks.size} ranks; choose a multiple as k",
+        )
+        return self.k // ranks.size
 
 
 @final
@@ -200,6 +235,9 @@ class Above:
     def screen(self, product: Screened) -> SparseCodes:
         return above_threshold(product, keep=self._keeps, select=self)
 
+    def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
+        return codes
+
     def _keeps(self, values_E: Tensor, latents_E: Tensor) -> Tensor:
         threshold = self.threshold
         return values_E > (threshold.to(values_E.dtype)[latents_E] if isinstance(threshold, Tensor) else threshold)
@@ -207,6 +245,10 @@ class Above:
 
 def _identity(pre: Tensor) -> Tensor:
     return pre
+
+
+def _ordering(codes: SparseCodes, sizes: Tensor, scale: Tensor | None) -> Tensor:
+    return sizes if scale is None else sizes * scale.to(sizes.dtype)[codes.indices]
 
 
 def _ranked(
@@ -230,7 +272,7 @@ def _by_rank(product: EncoderProduct, k: int, scale: Tensor | None, size: Callab
     indices: list[Tensor] = []
     k = min(k, product.d_sae)
     for pre_RF, ranked_RF in _ranked(product, scale, size):
-        value_RK, index_RK = largest(ranked_RF, k)
+        value_RK, index_RK = first_largest(ranked_RF, k)
         values.append(value_RK if ranked_RF is pre_RF else pre_RF.gather(-1, index_RK))
         indices.append(index_RK)
     return SparseCodes.regular(torch.cat(values), torch.cat(indices), product.d_sae)

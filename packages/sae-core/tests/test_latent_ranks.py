@@ -1,0 +1,198 @@
+"""Latents that are shared out over ranks: the choice, the loss and the gradients of one process that has them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sae_core import SAE, create
+from sae_core.codes import SparseCodes
+from sae_core.errors import ConfigError
+from sae_core.latent_ranks import latents_over
+from sae_core.ops.batch_topk import BatchTopK
+from sae_core.ops.encode import encode_entries
+from sae_core.ops.product import EncoderProduct
+from sae_core.ops.screening import encoder_products
+from sae_core.ops.select import AbsTopK, GroupMax, Selection, TopK
+from sae_core.sae import StepContext
+from sae_core.testing.rank_threads import ThreadRanks, on_ranks
+from torch import Tensor
+
+SELECTIONS: dict[str, Any] = {"topk": TopK, "abstopk": AbsTopK, "batchtopk": BatchTopK, "groupmax": GroupMax}
+
+
+@given(data=st.data())
+def test_a_selection_over_ranks_is_that_of_one_process_ties_included(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(SELECTIONS)))
+    size, rows = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    groups = data.draw(st.integers(1, 4)) * size
+    d_sae = groups * data.draw(st.integers(1, 5))
+    k = groups if kind == "groupmax" else data.draw(st.integers(1, d_sae))
+    few = data.draw(st.integers(1, 6))  # different values, so that many are equal
+    drawn = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    pre_RF = torch.randint(-few, few + 1, (rows, d_sae), generator=drawn).float()
+    scale_F = torch.randint(0, 3, (d_sae,), generator=drawn).float() if data.draw(st.booleans()) else None
+
+    def select(selected: slice) -> SparseCodes:
+        scale = None if scale_F is None else scale_F[selected]
+        selection: Selection = SELECTIONS[kind](k, scale)
+        zeros = torch.zeros(pre_RF[:, selected].shape[1])
+        return encode_entries(torch.eye(rows), None, pre_RF[:, selected].T.contiguous(), zeros, selection)
+
+    def on_rank(ranks: ThreadRanks) -> Tensor:
+        width = d_sae // ranks.size
+        with latents_over(ranks), encoder_products("full"):
+            return _kept(select(slice(ranks.rank * width, (ranks.rank + 1) * width)))
+
+    with encoder_products("full"):
+        expected = _kept(select(slice(0, d_sae)))
+    assert torch.equal(torch.cat(on_ranks(size, on_rank), dim=1), expected)
+
+
+def _kept(codes: SparseCodes) -> Tensor:
+    """(rows, d_sae): whether an entry was kept, and its value beside that, since it may be zero."""
+    shape = (codes.rows, codes.d_sae)
+    kept, values = torch.zeros(shape), torch.zeros(shape)
+    kept[codes.row_ids(), codes.indices] = 1.0
+    values[codes.row_ids(), codes.indices] = codes.values
+    return kept + 100 * values
+
+
+D_IN, D_SAE, ROWS = 12, 64, 48
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "standard": ("standard", {}),
+    "standard, p < 1": ("standard", {"lp_norm": 0.5, "lp_norm_keeps_scale": True}),
+    "topk": ("topk", {"k": 7}),
+    "topk, few to a rank": ("topk", {"k": 40}),
+    "topk transcoder": ("topk", {"k": 7, "d_out": 9, "skip": True}),
+    "topk crosscoder": ("topk", {"k": 7, "reads": {"a": 5, "b": 7}}),
+    "batchtopk": ("batchtopk", {"k": 7}),
+    "batchtopk, k not whole": ("batchtopk", {"k": 3.7, "rescale_acts_by_decoder_norm": False}),
+    "jumprelu": ("jumprelu", {"jumprelu_bandwidth": 0.3, "pre_act_loss_coefficient": 0.1}),
+    "jumprelu, tanh": ("jumprelu", {"jumprelu_bandwidth": 0.3, "jumprelu_sparsity_loss_mode": "tanh"}),
+    "jumprelu, quadratic": (
+        "jumprelu",
+        {"jumprelu_bandwidth": 0.3, "jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 5.0},
+    ),
+    "abstopk": ("abstopk", {"k": 7}),
+    "groupmax": ("groupmax", {"k": 8}),
+    "gated": ("gated", {}),
+    "gated transcoder": ("gated", {"d_out": 9, "skip": True, "freeze_decoder_in_aux": True}),
+    "matryoshka": ("matryoshka_batchtopk", {"k": 7, "matryoshka_widths": [5, 20, 40]}),
+    "matryoshka, losses of levels": (
+        "matryoshka_batchtopk",
+        {"k": 7, "matryoshka_widths": [5, 20, 40], "use_matryoshka_aux_loss": True},
+    ),
+    "layer_norm": ("topk", {"k": 7, "normalize_activations": "layer_norm"}),
+}
+
+
+def _sae(form: str) -> SAE:
+    architecture, fields = FORMS[form]
+    sae = create(architecture, d_in=D_IN, d_sae=D_SAE, seed=3, decoder_init_norm=0.7, dtype="float64", **fields)
+    with torch.no_grad():
+        sae.get_parameter("b_dec").copy_(torch.linspace(-0.3, 0.3, sae.d_out))
+        if "threshold" in dict(sae.named_parameters()):
+            sae.get_parameter("threshold").fill_(0.05)
+    return sae.train()
+
+
+def _batch(sae: SAE) -> tuple[Tensor, Tensor | None]:
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, D_IN, generator=drawn, dtype=torch.float64)
+    return x, None if sae.reconstructs_input else torch.randn(ROWS, sae.d_out, generator=drawn, dtype=torch.float64)
+
+
+DEAD = torch.tensor([3, 4, 5, 30])  # with four ranks, two hold none of them
+
+
+def _step(sae: SAE) -> dict[str, Tensor]:
+    """Losses, the output, gradients and counts of a step, and what follows it in eval mode."""
+    from sae_core.protocols import ActivationBatch
+
+    here = [number - sae.latents.start for number in DEAD.tolist() if number in sae.latents]
+    context = StepContext(progress=0.5, dead=torch.tensor(here, dtype=torch.long), dead_elsewhere=len(DEAD) - len(here))
+    output = sae.training_step(ActivationBatch(*_batch(sae)), context)
+    output.loss.backward()
+    with latents_over(sae.ranks):
+        found = {"l0": output.codes.l0(), "fired": output.codes.firing_counts()}
+    found |= {"reconstruction": output.reconstruction.detach(), "loss": output.loss.detach()}
+    found |= {f"loss {name}": value.detach() for name, value in output.losses.items()}
+    found |= {f"metric {name}": value.detach() for name, value in output.metrics.items()}
+    for name, parameter in sae.named_parameters():
+        found[f"weight {name}"] = parameter.detach()
+        found[f"gradient {name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    found |= {f"buffer {name}": buffer for name, buffer in sae.named_buffers()}
+    with torch.no_grad():
+        found["output"] = sae.eval()(_batch(sae)[0])
+        found["latents"] = sae.encode(_batch(sae)[0])
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_over_ranks_is_that_of_one_process(form: str, size: int) -> None:
+    def on_rank(ranks: ThreadRanks) -> tuple[range, dict[str, Tensor]]:
+        with latents_over(ranks):
+            sae = _sae(form)
+        return sae.latents, _step(sae)
+
+    whole = _sae(form)
+    expected = _step(whole)
+    found = on_ranks(size, on_rank)
+    assert [latents.start for latents, _ in found] == list(range(0, D_SAE, D_SAE // size))
+    for latents, step in found:
+        assert step.keys() == expected.keys()
+        for name, value in step.items():
+            wanted = expected[name]
+            kind, _, tensor = name.partition(" ")
+            if (kind in ("weight", "gradient", "buffer") and whole.axis(tensor).latent == 0) or name == "fired":
+                wanted = wanted[latents.start : latents.stop]
+            elif name == "latents":
+                wanted = wanted[:, latents.start : latents.stop]
+            exact = kind == "weight" or name in ("l0", "fired")
+            tolerance = 0.0 if exact else 1e-10
+            torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    def refused(match: str, architecture: str, **fields: Any) -> None:
+        def on_rank(ranks: ThreadRanks) -> None:
+            with latents_over(ranks), pytest.raises(ConfigError, match=match):
+                create(architecture, d_in=4, **fields).encode(torch.ones(1, 4))
+
+        on_ranks(3, on_rank)
+
+    refused("d_sae = 16 latents cannot be shared out evenly over 3 ranks", "topk", d_sae=16, k=2)
+    refused("d_sae = 2 latents cannot", "standard", d_sae=2)
+    refused("matching_pursuit: latents of this architecture cannot be shared out", "matching_pursuit", d_sae=6)
+    refused("k = 2 groups of latents cannot be shared out evenly over 3 ranks", "groupmax", d_sae=6, k=2)
+
+
+def test_a_selection_that_does_not_know_of_ranks_is_refused() -> None:
+    class First:
+        def __call__(self, product: EncoderProduct) -> SparseCodes:
+            ones = torch.ones(product.rows, 1)
+            return SparseCodes.regular(ones, ones.long(), product.d_sae)
+
+    def on_rank(ranks: ThreadRanks) -> None:
+        with latents_over(ranks), pytest.raises(ConfigError, match="First: this selection does not say"):
+            encode_entries(torch.ones(1, 2), None, torch.ones(3, 2), torch.zeros(3), First())
+
+    on_ranks(2, on_rank)
+
+
+def test_a_dictionary_beside_one_that_is_shared_out_is_whole() -> None:
+    whole = create("topk", d_in=4, d_sae=8, k=2)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    expected = whole(x)
+
+    def on_rank(ranks: ThreadRanks) -> None:
+        with latents_over(ranks):
+            assert torch.equal(whole(x), expected)
+        assert not ranks.calls
+
+    on_ranks(2, on_rank)
