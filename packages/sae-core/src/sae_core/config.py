@@ -13,6 +13,8 @@ is gone through in turn, each starting where the one before ended unless it says
 from __future__ import annotations
 
 import dataclasses
+import glob
+import itertools
 import math
 import numbers
 import operator
@@ -32,6 +34,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "FieldInfo",
     "Schedule",
+    "absolute_paths",
     "check_fields",
     "default_of",
     "describe_fields",
@@ -46,16 +49,56 @@ __all__ = [
 T = TypeVar("T")
 
 
-def option(*, default: Any = MISSING, default_factory: Any = MISSING, help: str, omit_default: bool = False) -> Any:
+def option(
+    *,
+    default: Any = MISSING,
+    default_factory: Any = MISSING,
+    help: str,
+    omit_default: bool = False,
+    may_be_path: bool = False,
+) -> Any:
     """A dataclass field with a sentence that says what it means; ``sae-core show`` prints it.
 
     With `omit_default` saved SAEs name the field only when it is not its default, so that tools that do not know it can
-    still read them.
+    still read them. Text that `may_be_path`, the name of something or a path of the user's, is made absolute where such a path
+    exists, as every `Path` is, so that a run means the same from any directory.
     """
-    metadata = {"help": help, "omit_default": omit_default}
+    metadata = {"help": help, "omit_default": omit_default, "may_be_path": may_be_path}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def absolute_paths(config: Any) -> Any:
+    """The config dataclass with every path in it made absolute, so that it means the same from any directory.
+
+    Paths are every `Path`, and text in fields that may be one (`option(may_be_path=True)`) where such a path exists.
+    """
+    if isinstance(config, Path):
+        return config.absolute()
+    if isinstance(config, list | tuple):
+        return type(config)(absolute_paths(item) for item in cast("list[Any]", config))
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        changed = {
+            field.name: (_absolute_text if field.metadata.get("may_be_path") else absolute_paths)(
+                getattr(config, field.name)
+            )
+            for field in dataclasses.fields(config)
+            if field.init
+        }
+        return dataclasses.replace(config, **changed)
+    return config
+
+
+def _absolute_text(value: Any) -> Any:
+    """Text made absolute where what it says, before any wildcard, is there; of a tuple each."""
+    if isinstance(value, tuple):
+        return tuple(_absolute_text(item) for item in cast("tuple[Any, ...]", value))
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return str(path.absolute()) if path.parts and fixed.exists() else value
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

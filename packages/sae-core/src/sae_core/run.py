@@ -31,7 +31,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 
-from sae_core.config import check_fields, option, require, structure, unstructure
+from sae_core.config import absolute_paths, check_fields, option, require, structure, unstructure
 from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError, FormatError, MissingDependencyError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
@@ -55,7 +55,7 @@ from sae_core.signals import first_signal
 from sae_core.training.checkpoint import Checkpoints, Found
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
-from sae_core.training.facts import absolute_paths, named_architecture
+from sae_core.training.facts import named_architecture
 from sae_core.training.held_out import HeldOut
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.trainer import Trainer, TrainResult
@@ -467,7 +467,7 @@ def _component(settings: Mapping[str, Any], kind: str, **defaults: Any) -> objec
     config_class = cast("type", component.config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     fields = {name: value for name, value in defaults.items() if name in known} | fields
-    return component(structure(fields, config_class, where=f"{kind} {settings['name']!r}"))
+    return component(absolute_paths(structure(fields, config_class, where=f"{kind} {settings['name']!r}")))
 
 
 def _write_yaml(path: Path, data: Mapping[str, Any]) -> None:

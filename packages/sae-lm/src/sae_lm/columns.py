@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, cast, final
 
 import torch
-from sae_core.config import check_fields, option, require, structure, unstructure
+from sae_core.config import absolute_paths, check_fields, option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError, did_you_mean
 from sae_core.protocols import ActivationBatch
@@ -38,7 +38,7 @@ __all__ = ["ColumnsConfig", "HuggingFaceColumns"]
 class ColumnsConfig:
     """Which activations of which model on which rows."""
 
-    model: str = option(help="Hub name or local folder")
+    model: str = option(help="Hub name or local folder", may_be_path=True)
     hook: str | None = option(
         default=None,
         help="module path, e.g. encoder.layer.3, for the module's output; with :input behind it, for its input",
@@ -120,7 +120,7 @@ class HuggingFaceColumns:
     config_class: ClassVar[type[ColumnsConfig]] = ColumnsConfig
 
     def __init__(self, config: ColumnsConfig, *, model: nn.Module | None = None) -> None:
-        self.config = config
+        self.config = absolute_paths(config)
         self._given = model
         self._stored = list(dict.fromkeys([*config.read_sites, *config.write_sites]))
 

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from sae_core import SAE
-from sae_core.config import check_fields, option, require, structure, unstructure
+from sae_core.config import absolute_paths, check_fields, option, require, structure, unstructure
 from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, DataError
 from sae_core.protocols import ActivationBatch, Memory
@@ -83,7 +83,8 @@ class HuggingFaceSourceConfig:
     """Which activations of which model on which text."""
 
     model: str = option(
-        help="Hub name, local folder or .gguf file, or package:NAME/FILE, a file in an installed package"
+        help="Hub name, local folder or .gguf file, or package:NAME/FILE, a file in an installed package",
+        may_be_path=True,
     )
     hook: str | None = option(
         default=None,
@@ -100,7 +101,9 @@ class HuggingFaceSourceConfig:
         default=None, help="the one head to take of places with heads of their own; by default they are joined"
     )
     second_model: str | None = option(
-        default=None, help="another model with the same tokenizer, say a fine-tuned one, that reads the same windows"
+        default=None,
+        help="another model with the same tokenizer, say a fine-tuned one, that reads the same windows",
+        may_be_path=True,
     )
     second_revision: str | None = option(default=None, help="branch, tag or commit of the second model")
     revision: str | None = option(default=None, help="branch, tag or commit of a Hub model")
@@ -110,7 +113,9 @@ class HuggingFaceSourceConfig:
         "hook names are places too",
     )
     tokenizer: str | None = option(
-        default=None, help="another place to take the tokenizer from; none: documents are token ids already"
+        default=None,
+        help="another place to take the tokenizer from; none: documents are token ids already",
+        may_be_path=True,
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         default="float32", help="precision in which the model runs; auto: that of its checkpoint"
@@ -233,7 +238,7 @@ class HuggingFaceSource:
         tokenizer: Any | None = None,
         second_model: nn.Module | None = None,
     ) -> None:
-        self.config = config
+        self.config = absolute_paths(config)
         self.point = config.read_sites[0].point
         self._given = (model, tokenizer)
         self._given_second = second_model

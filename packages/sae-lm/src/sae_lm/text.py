@@ -47,12 +47,14 @@ _DATASET_ONLY = ("name", "split", "streaming", "revision", "data_files", "data_d
 class DatasetConfig:
     """A data set of the datasets library."""
 
-    path: str = option(help="the data set's Hub name, or a folder that save_to_disk wrote")
+    path: str = option(help="the data set's Hub name, or a folder that save_to_disk wrote", may_be_path=True)
     name: str | None = option(default=None, help="the data set's configuration")
     split: str | None = option(default=None, help="the data set's split; train if not given")
     streaming: bool = option(default=False, help="read the data set over the network as it is needed")
     revision: str | None = option(default=None, help="branch, tag or commit of a Hub data set")
-    data_files: tuple[str, ...] = option(default=(), help="files of the data set to read, by name or pattern")
+    data_files: tuple[str, ...] = option(
+        default=(), help="files of the data set to read, by name or pattern", may_be_path=True
+    )
     data_dir: str | None = option(default=None, help="folder inside the data set to read")
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class TextConfig:
     path: str | None = option(
         default=None,
         help="a file, a folder or a glob pattern; or the data set's Hub name, or a folder that save_to_disk wrote",
+        may_be_path=True,
     )
     format: FileFormat | None = option(
         default=None,
@@ -82,7 +85,9 @@ class TextConfig:
     split: str | None = option(default=None, help="the data set's split; train if not given")
     streaming: bool = option(default=False, help="read the data set over the network as it is needed")
     revision: str | None = option(default=None, help="branch, tag or commit of a Hub data set")
-    data_files: tuple[str, ...] = option(default=(), help="files of the data set to read, by name or pattern")
+    data_files: tuple[str, ...] = option(
+        default=(), help="files of the data set to read, by name or pattern", may_be_path=True
+    )
     data_dir: str | None = option(default=None, help="folder inside the data set to read")
     column: str | None = option(
         default=None,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from sae_core.config import unstructure
+from sae_core.config import absolute_paths, unstructure
 from sae_core.errors import UnknownNameError
 from sae_core.protocols import ActivationSource, HasMetadata, HasTargets
 from sae_core.sae import SAE
@@ -21,7 +20,6 @@ from sae_core.training.config import TrainConfig
 
 __all__ = [
     "MAY_CHANGE",
-    "absolute_paths",
     "claimed",
     "config_facts",
     "differences",
@@ -129,22 +127,6 @@ def differences(saved: Any, now: Any, path: str) -> Iterator[str]:
             yield from differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     elif saved != now:
         yield f"{path} was {saved!r}, is now {now!r}"
-
-
-def absolute_paths(config: Any) -> Any:
-    """The config dataclass with every `Path` in it made absolute, so that it means the same from any directory."""
-    if isinstance(config, Path):
-        return config.absolute()
-    if isinstance(config, list | tuple):
-        return type(config)(absolute_paths(item) for item in cast("list[Any]", config))
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        changed = {
-            field.name: absolute_paths(getattr(config, field.name))
-            for field in dataclasses.fields(config)
-            if field.init
-        }
-        return dataclasses.replace(config, **changed)
-    return config
 
 
 def _plain(value: Any) -> Any:
