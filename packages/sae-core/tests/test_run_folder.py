@@ -169,7 +169,9 @@ def test_two_runs_do_not_share_a_folder(run_file: Path, tmp_path: Path, processe
     out, errors = tmp_path / "out", tmp_path / "errors"
     process = start(processes, "train", run_file, "--set", "train.total_samples=1000000000", errors=errors)
     wait_for(lambda: (out / "log.jsonl").exists(), process)
-    with pytest.raises(FormatError, match=rf"process {process.pid} on host {socket.gethostname()} is writing there"):
+    with pytest.raises(
+        FormatError, match=rf"^{out}: a run of process {process.pid} on host {socket.gethostname()} is writing"
+    ):
         execute(read_run(run_file))
     process.kill()
     assert ended(process) == -signal.SIGKILL

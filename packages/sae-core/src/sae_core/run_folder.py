@@ -147,6 +147,8 @@ def locked(root: Path) -> Generator[RunFolder]:
         existed = root.exists()
         root.mkdir(parents=True, exist_ok=True)
         handle = _lock(root / _LOCK)
+    except FormatError:  # another run has it
+        raise
     except (OSError, ValueError) as error:
         raise FormatError(f"{root}: cannot be the output of a run: {explained(error, 'writing')}") from None
     try:
