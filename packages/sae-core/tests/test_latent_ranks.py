@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_core import SAE, create
 from sae_core.codes import SparseCodes
-from sae_core.errors import ConfigError
+from sae_core.errors import ConfigError, FormatError
+from sae_core.format.slices import crc32_moved
 from sae_core.latent_ranks import latents_over
 from sae_core.ops.batch_topk import BatchTopK
 from sae_core.ops.encode import encode_entries
@@ -155,7 +161,8 @@ def test_a_step_over_ranks_is_that_of_one_process(form: str, size: int) -> None:
                 wanted = wanted[:, latents.start : latents.stop]
             exact = kind == "weight" or name in ("l0", "fired")
             tolerance = 0.0 if exact else 1e-10
-            torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            assert value.shape == wanted.shape, name
+            assert torch.allclose(value, wanted, rtol=tolerance, atol=tolerance), name
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
@@ -196,3 +203,86 @@ def test_a_dictionary_beside_one_that_is_shared_out_is_whole() -> None:
         assert not ranks.calls
 
     on_ranks(2, on_rank)
+
+
+SAVED = ["standard", "topk crosscoder", "topk transcoder", "jumprelu", "batchtopk", "gated", "matryoshka", "groupmax"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("form", [*SAVED, "whitened"])
+def test_ranks_write_the_bytes_that_one_process_writes_and_read_their_own(form: str, size: int, tmp_path: Path) -> None:
+    def made() -> SAE:
+        if form != "whitened":
+            return _sae(form)
+        sae = create("batchtopk", d_in=D_IN, d_sae=D_SAE, k=5, seed=1, normalize_activations="covariance_whitening")
+        sae.fit_normalization(torch.randn(300, D_IN, generator=torch.Generator().manual_seed(1)))
+        return sae.train()
+
+    def on_rank(ranks: ThreadRanks) -> list[tuple[range, dict[str, Tensor]]]:
+        with latents_over(ranks):
+            sae = made()
+            for _ in range(2):  # a new folder, and one that is there
+                assert sae.save(tmp_path / "ranks") == tmp_path / "ranks"
+            loaded = SAE.load(tmp_path / "ranks", dtype=sae.dtype)
+            trained = SAE.load(tmp_path / "ranks", form="training", dtype=sae.dtype)
+        assert (loaded.d_sae, loaded.config.d_sae, loaded.latents) == (D_SAE // size, D_SAE, sae.latents)
+        return [(each.latents, each.state_dict()) for each in (loaded, trained)]
+
+    made().save(tmp_path / "one")
+    parts = on_ranks(size, on_rank)
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert (tmp_path / "ranks" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert [path.name for path in sorted((tmp_path / "ranks").iterdir())] == [
+        path.name for path in sorted((tmp_path / "one").iterdir())
+    ]
+    loaded, trained = (SAE.load(tmp_path / "one", form=kind, dtype=made().dtype) for kind in ("inference", "training"))
+    for rank in parts:
+        for whole, (latents, tensors) in zip((loaded, trained), rank, strict=True):
+            for name, expected in whole.state_dict().items():
+                axis = whole.latent_dimension(name)
+                wanted = expected if axis is None else expected.narrow(axis, latents.start, len(latents))
+                assert torch.equal(tensors[name], wanted), name
+
+
+def test_what_one_rank_cannot_write_is_raised_by_all_and_leaves_what_was_there(tmp_path: Path) -> None:
+    create("standard", d_in=4, d_sae=8, seed=5).save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def bad_on_one(ranks: ThreadRanks) -> str:
+        with latents_over(ranks):
+            sae = create("standard", d_in=4, d_sae=8)
+        if ranks.rank == 1:
+            sae.get_parameter("W_dec").data[0, 0] = torch.nan
+        with pytest.raises(FormatError) as caught:
+            sae.save(tmp_path)
+        return str(caught.value)
+
+    def disk_full_on_one(ranks: ThreadRanks) -> str:
+        with latents_over(ranks):
+            sae = create("standard", d_in=4, d_sae=8)
+        with pytest.raises(FormatError) as caught:
+            sae.save(tmp_path)
+        return str(caught.value)
+
+    def pwrite(file: int, data: Any, start: int) -> int:
+        if threading.current_thread().name == "rank 1":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, start)
+
+    assert all("'W_dec' holds NaN" in message for message in on_ranks(2, bad_on_one))
+    real = os.pwrite
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "pwrite", pwrite)
+        messages = on_ranks(2, disk_full_on_one)
+    assert all(message.startswith("rank 1: ") and "the disk is full" in message for message in messages), messages
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@given(data=st.data())
+def test_checksums_of_pieces_make_that_of_the_whole(data: st.DataObject) -> None:
+    pieces = data.draw(st.lists(st.binary(max_size=40), max_size=6))
+    total, after = 0, sum(map(len, pieces))
+    for piece in pieces:
+        after -= len(piece)
+        total ^= crc32_moved(zlib.crc32(piece), after)
+    assert total == zlib.crc32(b"".join(pieces))

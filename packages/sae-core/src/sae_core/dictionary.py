@@ -398,6 +398,11 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
                 return axis._replace(latent=None if axis.latent is None else 1 - axis.latent)
         return cls.axis(name)
 
+    @classmethod
+    def latent_dimension(cls, name: str) -> int | None:
+        """Which dimension of the entry `name` of a ``state_dict`` counts latents; None where none does."""
+        return None if name.startswith(_STATISTICS) else cls.axis(name).latent
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, detached, without the statistics of normalisations."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_STATISTICS)}

@@ -17,7 +17,7 @@ from sae_core.dictionary import Dictionary, Export
 from sae_core.errors import FormatError
 from sae_core.plugins import Contribution, get_registry
 
-__all__ = ["check_export", "exported", "provider_of", "qualified"]
+__all__ = ["check_export", "class_of", "exported", "provider_of", "qualified"]
 
 
 def exported(sae: Dictionary) -> Export:
@@ -32,11 +32,7 @@ def exported(sae: Dictionary) -> Export:
 def check_export(made: Export, *, by: Dictionary) -> None:
     """Raise FormatError unless what `by` exports can be loaded again as what it says it is."""
     who = f"{by.architecture}: export() gives architecture {made.architecture!r}"
-    registry = get_registry()
-    if made.architecture == by.architecture:
-        sae_class = type(by)
-    else:
-        sae_class = cast("type[Dictionary]", registry.usable("architecture", made.architecture))
+    sae_class = class_of(made, by)
     if not isinstance(made.config, sae_class.config_class):
         raise FormatError(
             f"{who} with a {type(made.config).__name__}, which is not its {sae_class.config_class.__name__}"
@@ -64,6 +60,13 @@ def check_export(made: Export, *, by: Dictionary) -> None:
             raise FormatError(
                 f"{who} with {name!r} of shape {tuple(given[name])}, but its config asks for {tuple(wanted[name])}"
             )
+
+
+def class_of(made: Export, by: Dictionary) -> type[Dictionary]:
+    """The class of what `by` exports as."""
+    if made.architecture == by.architecture:
+        return type(by)
+    return cast("type[Dictionary]", get_registry().usable("architecture", made.architecture))
 
 
 def provider_of(made: Export, by: Dictionary) -> Contribution:

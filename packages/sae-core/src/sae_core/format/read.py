@@ -6,6 +6,7 @@ allows, then become the parameters themselves, cast or moved on the way if asked
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sae_core.config import distinct_numbers, structure
+from sae_core.config import distinct_numbers, require, structure
 from sae_core.dictionary import Dictionary, as_device, as_dtype
 from sae_core.errors import ConfigError, FormatError, PluginError, SaeCoreError
 from sae_core.format.files import LocalFiles
 from sae_core.format.hook_names import spell_hook_names
 from sae_core.format.tensors import common_dtype, plain_tensor
 from sae_core.format.trouble import first_line, trouble
+from sae_core.latent_ranks import current_ranks, latents_here
 from sae_core.ops.memory import fresh_copy
 from sae_core.plugins import PluginWarning, get_registry
 from sae_core.plugins.errors import OUR_EXTENSIONS, one_line
@@ -79,12 +81,21 @@ def read_sae(
 
     The parameters are maps of the file where nothing had to be computed (`mmap` True), or copies in memory (False); None maps
     files of more than 64 MB.
+
+    Inside `sae_core.latent_ranks.latents_over` every rank loads its own latents, and reads no others.
     """
     rows = None if rows is None else distinct_numbers(rows, "rows=")
     name = format or find_loader(source, folder)
     loader = cast("Loader", get_registry().usable("loader", name)())
-    loaded = loader.load(source, folder, overrides=overrides, rows=rows)
     where = f"{source.location}/{folder}".rstrip("/")
+    ranks = current_ranks()
+    if ranks is not None:
+        require(rows is None, f"{where}: rows= cannot be used where latents are shared out over ranks")
+        d_sae = loader.load(source, folder, weights=False, overrides=overrides).config["d_sae"]
+        loaded = loader.load(source, folder, overrides=overrides, rows=latents_here(d_sae, ranks))
+        loaded = dataclasses.replace(loaded, config={**loaded.config, "d_sae": d_sae})
+        return build_sae(loaded, where=where, device=device, dtype=dtype, mmap=mmap)
+    loaded = loader.load(source, folder, overrides=overrides, rows=rows)
     if rows is not None:
         sae_class = cast("type[Dictionary]", get_registry().usable("architecture", loaded.architecture))
         if not sae_class.independent_latents:

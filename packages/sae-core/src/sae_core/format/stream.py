@@ -21,7 +21,7 @@ from sae_core.errors import FormatError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["crc32", "write_tensors"]
+__all__ = ["crc32", "header_of", "pieces_of_rows", "write_tensors"]
 
 _DTYPES = {
     "float64": "F64",
@@ -58,8 +58,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Map
 
     `said` makes what the header says of the file from the checksums by name; its length must not depend on them.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
-    before = _header(ordered, said(dict.fromkeys(tensors, _NO_SUM)))
+    ordered = _ordered(tensors)
+    before = header_of(tensors, said)
     sums = dict.fromkeys(tensors, 0)
     pieces = _pieces(ordered)
 
@@ -80,12 +80,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Map
                 synced, since = beside.submit(os.fsync, file.fileno()), 0
             summed.result()
         synced.result()  # a disk's error is told once, to whoever synced first
-        header = _header(ordered, said({name: f"{found:08x}" for name, found in sums.items()}))
+        header = header_of(tensors, said, {name: f"{found:08x}" for name, found in sums.items()})
         if len(header) != len(before):
             raise FormatError(f"{path}: not written: the header's length depends on the checksums in it")
         file.seek(0)
         file.write(header)
     return header
+
+
+def header_of(
+    tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str], sums: Mapping[str, str] | None = None
+) -> bytes:
+    """The header, with its length before it, of a file with tensors of these shapes and types; None: sums are not known yet."""
+    return _header(_ordered(tensors), said(dict.fromkeys(tensors, _NO_SUM) if sums is None else sums))
+
+
+def pieces_of_rows(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor on the CPU in any layout, a few megabytes of whole rows (dimension 0) at a time.
+
+    A piece is valid until the one after the next is asked for.
+    """
+    if tensor.dim() == 2 and not tensor.is_contiguous():
+        pieces = _turned_pieces(tensor)
+    elif tensor.dim() == 0 or not len(tensor):
+        pieces = iter([tensor.reshape(-1)])
+    else:
+        rows = max(1, _PIECE_BYTES // max(tensor[:1].numel() * tensor.element_size(), 1))
+        pieces = iter(tensor.contiguous().split(rows))
+    for piece in pieces:
+        yield memoryview(_buffer(piece))
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
 
 
 def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Any]]:

@@ -101,7 +101,7 @@ def load_training_form(
         ) from None
     config = said.get("config")
     trained = sae_class(structure(cast("Mapping[str, Any]", config), sae_class.config_class, where=f"{file}: config"))
-    tensors = {key: plain_tensor(tensor, key, str(file)) for key, tensor in read_safetensors(file).items()}
+    tensors = {key: _here(trained, key, plain_tensor(t, key, str(file))) for key, t in read_safetensors(file).items()}
     wanted = trained.state_dict()
     for key in sorted({*wanted, *tensors}):
         if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape:
@@ -111,6 +111,15 @@ def load_training_form(
         trained.to(as_dtype(dtype))
     trained.metadata = spell_hook_names(cfg["metadata"])
     return trained.to(as_device(device)).train()
+
+
+def _here(sae: Dictionary, name: str, tensor: Tensor) -> Tensor:
+    """Of a tensor of the state of all latents what this rank holds."""
+    if sae.ranks is None or name not in sae.state_dict() or (latent := sae.latent_dimension(name)) is None:
+        return tensor
+    if tensor.dim() <= latent or tensor.shape[latent] != sae.config.d_sae:
+        return tensor  # which does not fit, as the caller says
+    return tensor.narrow(latent, sae.latents.start, sae.d_sae).clone()
 
 
 def _with_training_config(sae: Dictionary, path: Path) -> Dictionary:
@@ -143,6 +152,8 @@ def _with_training_config(sae: Dictionary, path: Path) -> Dictionary:
         torch.allclose(tensor, asked.tensors[name], rtol=8 * torch.finfo(tensor.dtype).eps, atol=0)
         for name, tensor in made.tensors.items()
     )
+    if sae.ranks is not None:  # which all have some of the rows
+        same = all(sae.ranks.everyone(same))
     trained.metadata = sae.metadata
     return trained if same else sae
 

@@ -19,16 +19,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from sae_core.config import default_of, unstructure
 from sae_core.dictionary import Dictionary, Export, SAEConfig
 from sae_core.durable import sync_file, sync_folder, umask, unique_folder
-from sae_core.errors import FormatError
+from sae_core.errors import FormatError, SaeCoreError
+from sae_core.format.exports import class_of, provider_of
 from sae_core.format.exports import exported as checked_export
-from sae_core.format.exports import provider_of
 from sae_core.format.files import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE, LocalFiles
 from sae_core.format.pair import (
     header_digest,
@@ -43,9 +43,11 @@ from sae_core.format.pair import (
 from sae_core.format.plain import plain
 from sae_core.format.read import recognised
 from sae_core.format.sae_lens_names import to_sae_lens
+from sae_core.format.slices import Part, SharedWriter
 from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
+from sae_core.latent_ranks import LatentRanks, latents_over
 from sae_core.plugins.records import CORE
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
@@ -56,37 +58,117 @@ _SAE_LENS_LAYOUT = "6.28.0"  # readers take a file without this version for one 
 
 
 def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
-    """Write `sae` in inference form to the folder `path`; `overwrite` replaces files that are not an SAE of this format."""
+    """Write `sae` in inference form to the folder `path`; `overwrite` replaces files that are not an SAE of this format.
+
+    Where its latents are shared out over ranks, all of them call this with the same path, on a file system that all see, and
+    write one file together.
+    """
+    if sae.ranks is not None:
+        return _save_over_ranks(sae, sae.ranks, path, overwrite=overwrite)
+    what = _contents(sae, path)
+    with ThreadPoolExecutor(1) as beside:
+        finite = beside.submit(_check_finite, what.tensors, path)  # known before anything takes its place
+        _save(what, path, finite, _write_alone, overwrite=overwrite)
+    return path
+
+
+class _Contents(NamedTuple):
+    """What is to be saved: cfg.json, tensors in inference form, and the SAE itself where it has a training form beside that."""
+
+    cfg: dict[str, Any]
+    tensors: dict[str, Tensor]
+    training: Dictionary | None
+    saved_as: type[Dictionary]
+
+
+Write = Callable[[Path, str, Mapping[str, Tensor], Callable[[Mapping[str, str]], str]], bytes]
+"""Writes the file of a name to a path, and returns its header."""
+
+
+def _write_alone(
+    path: Path, name: str, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]
+) -> bytes:
+    return write_tensors(path, tensors, said)
+
+
+def _contents(sae: Dictionary, path: Path) -> _Contents:
     exported = checked_export(sae)
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
     tensors = {name: tensor.detach().to("cpu") for name, tensor in exported.tensors.items()}
-    training = sae if needs_training_form(sae, exported) else None
-    with ThreadPoolExecutor(1) as beside, trouble(path, "writing"):
-        finite = beside.submit(_check_finite, tensors, path)  # known before anything takes its place
+    return _Contents(cfg, tensors, sae if needs_training_form(sae, exported) else None, class_of(exported, sae))
+
+
+def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwrite: bool) -> Path:
+    """The first rank decides, as one process does; whatever is wrong anywhere is raised everywhere."""
+    what, problem = None, None
+    with latents_over(ranks):
+        try:
+            what = _contents(sae, path)
+            _check_finite(what.tensors, path)
+        except SaeCoreError as error:
+            problem = str(error)
+    problems = [problem for problem in ranks.everyone(problem) if problem is not None]
+    if problems or what is None:
+        raise FormatError(problems[0])
+    writer = SharedWriter(ranks)
+
+    def parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+        if name == WEIGHTS_FILE:
+            return {key: Part(tensor, what.saved_as.axis_in_files(key).latent) for key, tensor in tensors.items()}
+        return {key: Part(tensor, sae.latent_dimension(key)) for key, tensor in tensors.items()}
+
+    if ranks.rank:
+        writer.follow(
+            {
+                WEIGHTS_FILE: lambda: parts(WEIGHTS_FILE, what.tensors),
+                TRAINING_FILE: lambda: parts(TRAINING_FILE, training_tensors(sae)),
+            }
+        )
+        return path
+    finite: Future[None] = Future()
+    finite.set_result(None)
+    wrong: str | None = "the first rank was stopped while it saved"
+    try:
+        _save(
+            what,
+            path,
+            finite,
+            lambda at, name, tensors, said: writer.write(at, name, parts(name, tensors), said),
+            overwrite=overwrite,
+        )
+        wrong = None
+    except SaeCoreError as error:
+        wrong = str(error)
+        raise
+    finally:
+        writer.finish(wrong)
+    return path
+
+
+def _save(what: _Contents, path: Path, finite: Future[None], write: Write, *, overwrite: bool) -> None:
+    training = what.training
+    with trouble(path, "writing"):
         if path.exists() and not path.is_dir():
             raise FormatError(f"{path}: cannot save an SAE there, it is a file; give a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_dir():
             _sweep_folders(path)
-            if _write_new(path, cfg, tensors, training, finite):
-                return path
+            if _write_new(path, what, finite, write):
+                return
         with locked(path):
             _refuse_folders(path, training is not None)
             settle(path)
             if not overwrite:
                 _refuse_strangers(path, training is not None)
-            _write_into(path, cfg, tensors, training, finite)
-    return path
+            _write_into(path, what, finite, write)
 
 
-def _write_new(
-    path: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None, finite: Future[None]
-) -> bool:
+def _write_new(path: Path, what: _Contents, finite: Future[None], write: Write) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = unique_folder(path)
     try:
         with locked(temporary):  # so that nobody sweeps it
-            _write_into(temporary, cfg, tensors, training, finite)
+            _write_into(temporary, what, finite, write)
             try:
                 temporary.rename(path)
             except OSError:
@@ -189,17 +271,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def _write_into(
-    folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], training: Dictionary | None, finite: Future[None]
-) -> None:
+def _write_into(folder: Path, what: _Contents, finite: Future[None], write: Write) -> None:
+    cfg, tensors, training, _ = what
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
     try:
-        digest = header_digest(write_tensors(weights, tensors, sign(cfg)))
+        digest = header_digest(write(weights, WEIGHTS_FILE, tensors, sign(cfg)))
         text = json.dumps(named_by(cfg, digest), indent=2, ensure_ascii=False, allow_nan=False)
         config.write_text(text + "\n", encoding="utf-8")
         if training is not None and trained is not None:
-            write_tensors(trained, training_tensors(training), training_header(training, digest))
+            write(trained, TRAINING_FILE, training_tensors(training), training_header(training, digest))
         for path in (weights, config, *([trained] if trained else [])):
             sync_file(path)
             path.chmod(0o666 & ~umask())

@@ -67,7 +67,7 @@ def on_ranks(size: int, what: Callable[[ThreadRanks], R]) -> list[R]:
                 errors.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
