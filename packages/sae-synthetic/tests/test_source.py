@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_core.cli import main
 from sae_core.errors import ConfigError, DataError, UnknownNameError
 from sae_core.protocols import Resumable
 from sae_synthetic import (
@@ -98,6 +99,21 @@ def test_a_saved_model_is_sampled_with_the_sources_own_seed(tmp_path: Path) -> N
     source = SyntheticSource(SyntheticSourceConfig(model=tmp_path))
     assert source.d_in == 8
     assert source.metadata()["synthetic_model"] == {"config": source.model.cfg.to_dict(), "path": str(tmp_path)}
+
+
+def test_a_run_on_a_world_named_from_here_goes_on_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    SyntheticModel(SyntheticModelConfig(num_features=30, hidden_dim=8, seed=5)).save("world")
+    Path("run.yaml").write_text(
+        "sae: {architecture: topk, d_sae: 16, k: 2}\nsource: {name: synthetic, model: world}\n"
+        "train: {total_samples: 64, batch_size: 16, progress_bar: false, checkpoint_every_samples: 32}\noutput: out\n"
+    )
+    assert main(["train", "run.yaml"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "out"), "--set", "train.total_samples=96"]) == 0
+    assert '"samples": 96' in (tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1]
 
 
 def test_settings_of_a_run_file_reach_the_model() -> None:

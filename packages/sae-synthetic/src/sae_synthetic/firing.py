@@ -8,8 +8,8 @@ parent fires, which gives the same distribution as drawing all features first an
   l_i = -log(1 - p_i), each point belongs to child i with probability l_i / sum, and child i fires when it has a point:
   with probability 1 - exp(-l_i) = p_i, independently of all others. Frequent children (p > 1/2) are tried one by one.
 - Low-rank Gaussian copula: z = F g + sqrt(d) e with g shared within a sample. Given g the features are independent, so those
-  below are drawn only where their parent fires. Those at the top need F g for every sample, in blocks of cells; the noise e
-  is the dear part, and rare features draw it only for the few cells where it could matter.
+  below are drawn only where their parent fires. Those at the top need F g for every sample, in blocks of cells that fit a
+  cache; all else is dearer, so rare features draw noise only for the few cells where it could matter.
 - Full Gaussian copula: z = L e with the Cholesky factor L computed once.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,13 @@ __all__ = ["Children", "Draw", "Firing", "FullFiring", "IndependentFiring", "Low
 
 _FREQUENT = 0.5
 _CELLS_AT_ONCE = 2**22
-_CELLS_IN_CACHE = 2**20
-_HIGHEST_LIFT = 2.2  # standard deviations of F_i . g; one sample in 72 is above and looked at by itself
+_CELLS_IN_CACHE = 2**19
+_HIGHEST_LIFT = 2.5  # standard deviations of F_i . g; one sample in 160 is above and looked at by itself
 _WORTH_SKIPPING = 0.1
+_ROWS_AT_ONCE = 4096
+_LUCK_BITS = 5
+_LUCKS = 2**_LUCK_BITS  # steps of a Poisson point's luck in the table of what is too far off
+_ROUNDING = 1e-4
 
 
 @final
@@ -202,19 +207,24 @@ class LowRankFiring:
     """Feature i fires where z_i = F_i . g + sqrt(d_i) e_i exceeds its threshold t_i."""
 
     def __init__(self, probabilities_N: Tensor, correlation: LowRankCorrelationMatrix, parent_N: Tensor) -> None:
-        self.factor_NR = correlation.correlation_factor.to(probabilities_N)
+        self.num_features = len(parent_N)
         spread_N = correlation.correlation_diag.to(probabilities_N).sqrt()
         # In units of the noise: e_i > cut_i - scaled_i . g
-        self.scaled_NR = self.factor_NR / spread_N.unsqueeze(1)
+        self.scaled_NR = correlation.correlation_factor.to(probabilities_N) / spread_N.unsqueeze(1)
         self.cuts_N = _thresholds(probabilities_N) / spread_N
         self.children = Children(parent_N, torch.ones_like(parent_N, dtype=torch.bool))
         top = self.children.items[self.children.owner == len(parent_N)]
         limits_N = _HIGHEST_LIFT * self.scaled_NR.norm(dim=1)
         highest_N = torch.special.ndtr(limits_N - self.cuts_N)
-        self.often = _Columns(self, top[highest_N[top] > _WORTH_SKIPPING])
-        self.seldom = _Columns(self, top[highest_N[top] <= _WORTH_SKIPPING])
-        self.limits_T = limits_N[self.seldom.items]
-        self.rates_T = -torch.log1p(-highest_N[self.seldom.items])
+        self.often = _Columns(self, top[highest_N[top] > _WORTH_SKIPPING], self.cuts_N)
+        self.seldom = _Columns(self, top[highest_N[top] <= _WORTH_SKIPPING], limits_N)
+        self.gaps_T = (self.cuts_N - limits_N)[self.seldom.items]
+        self.rates_T = _rate(-self.gaps_T)
+        lucks = torch.arange(_LUCKS, device=top.device) / _LUCKS
+        least = torch.special.ndtri(-torch.expm1(-self.rates_T.double().unsqueeze(1) * lucks)) + self.gaps_T.unsqueeze(
+            1
+        )
+        self.least_TL = least.sub_(_ROUNDING).to(probabilities_N)  # -inf for the smallest lucks
 
     def begin(self, batch_size: int, generator: torch.Generator) -> _LowRankDraw:
         """Start a batch: g of all samples."""
@@ -225,12 +235,11 @@ class LowRankFiring:
 
 @final
 class _Columns:
-    """Some features of a low-rank copula, side by side."""
+    """Some features of a low-rank copula, one below the other; a product with (g, 1) is F . g less what is to be exceeded."""
 
-    def __init__(self, firing: LowRankFiring, items: Tensor) -> None:
+    def __init__(self, firing: LowRankFiring, items: Tensor, levels_N: Tensor) -> None:
         self.items = items
-        self.scaled_RT = firing.scaled_NR[items].T.contiguous()
-        self.cuts_T = firing.cuts_N[items]
+        self.scaled_TS = torch.cat([firing.scaled_NR[items], -levels_N[items].unsqueeze(1)], dim=1)
 
 
 @final
@@ -239,54 +248,59 @@ class _LowRankDraw:
         self.firing, self.shared_BR, self.generator = firing, shared_BR, generator
 
     def top(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        found = [*self._often(batch_size), *self._seldom(batch_size)]
-        rows, features = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return rows, features
+        parts: list[Tensor] = []
+        for start in range(0, batch_size, _ROWS_AT_ONCE):
+            shared_BR = self.shared_BR[start : start + _ROWS_AT_ONCE]
+            shared_SB = torch.cat([shared_BR, shared_BR.new_ones(len(shared_BR), 1)], dim=1).T.contiguous()
+            keys = torch.unique(torch.cat([*self._often(shared_SB), self._seldom(shared_SB)]))
+            parts.append(keys.add_(start * self.firing.num_features))
+        keys = torch.cat(parts)
+        rows = keys // self.firing.num_features
+        return rows, keys.sub_(rows * self.firing.num_features)
 
-    def _often(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every cell has its noise."""
-        columns = self.firing.often
-        rows_at_once = max(1, _CELLS_AT_ONCE // max(1, len(columns.items)))
-        for start in range(0, batch_size, rows_at_once):
-            shared = self.shared_BR[start : start + rows_at_once]
-            cells = shared.new_empty(len(shared), len(columns.items))
-            cells.normal_(generator=self.generator).addmm_(shared, columns.scaled_RT)
-            rows, places = (cells > columns.cuts_T).nonzero(as_tuple=True)
-            yield rows + start, columns.items[places]
-
-    def _seldom(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Noise only where F_i . g is above its limit, and where a Poisson process with the rate at the limit has a point.
-
-        A point at a cell that fires with probability Q counts with probability -log(1 - Q) / rate, so the points that count
-        are a Poisson process with the rate -log(1 - Q) and the cell has one with probability Q.
-        """
-        firing, columns, shared_BR = self.firing, self.firing.seldom, self.shared_BR
-        at_once = max(1, _CELLS_IN_CACHE // batch_size)
-        lift_BC = shared_BR.new_empty(batch_size, min(at_once, len(columns.items)))
+    def _often(self, shared_SB: Tensor) -> Iterator[Tensor]:
+        """(K,) row * N + feature of what fires, with noise in every cell."""
+        columns, batch_size = self.firing.often, shared_SB.shape[1]
+        at_once = max(1, _CELLS_AT_ONCE // batch_size)
         for start in range(0, len(columns.items), at_once):
-            part = slice(start, start + at_once)
-            items, cuts, limits, rates = (
-                t[part] for t in (columns.items, columns.cuts_T, firing.limits_T, firing.rates_T)
-            )
-            if len(items) < lift_BC.shape[1]:
-                lift_BC = shared_BR.new_empty(batch_size, len(items))
-            torch.mm(shared_BR, columns.scaled_RT[:, part], out=lift_BC)
-            lift = lift_BC.view(-1)
-            cells = (lift_BC > limits).view(-1).nonzero().squeeze(1)
-            places = cells % len(items)
-            noise = torch.randn(len(cells), generator=self.generator, device=cuts.device, dtype=cuts.dtype)
-            fires = noise.add_(lift.index_select(0, cells)) > cuts.index_select(0, places)
-            found = [cells[fires]]
-            places = torch.repeat_interleave(torch.poisson(rates * batch_size, generator=self.generator).long())
-            rows = torch.randint(batch_size, (len(places),), generator=self.generator, device=cuts.device)
-            luck = torch.rand(len(places), generator=self.generator, device=cuts.device, dtype=cuts.dtype)
-            cells = rows.mul_(len(items)).add_(places)
-            above = lift.index_select(0, cells)
-            wanted = -torch.log1p(-torch.special.ndtr(above - cuts.index_select(0, places)))
-            counts = (above <= limits.index_select(0, places)) & (luck * rates.index_select(0, places) < wanted)
-            found.append(torch.unique(cells[counts]))
-            cells = torch.cat(found)
-            yield cells // len(items), items[cells % len(items)]
+            scaled = columns.scaled_TS[start : start + at_once]
+            cells = scaled.new_empty(len(scaled), batch_size)
+            cells.normal_(generator=self.generator).addmm_(scaled, shared_SB)
+            yield self._keys(_positive(cells).add_(start * batch_size), columns.items, batch_size)
+
+    def _seldom(self, shared_SB: Tensor) -> Tensor:
+        """(K,) row * N + feature of what fires; noise only where it can matter, a cell may come twice.
+
+        That is where F_i . g is above its limit, and below it where a Poisson process with the rate at the limit has a point.
+        A point at a cell that fires with probability Q counts when luck * rate < -log(1 - Q), so the points that count are a
+        Poisson process with the rate -log(1 - Q), and the cell has one with probability Q. Most points are too far off for
+        their luck, which a table of the least F_i . g says without computing Q.
+        """
+        firing, columns, batch_size = self.firing, self.firing.seldom, shared_SB.shape[1]
+        counts = torch.poisson(firing.rates_T * batch_size, generator=self.generator).long()
+        places = torch.repeat_interleave(counts)
+        draw = torch.randint(batch_size * _LUCKS, (len(places),), generator=self.generator, device=places.device)
+        points = (draw >> _LUCK_BITS).add_(places * batch_size)
+        high, excess, excess_at_points = _products(columns, shared_SB, points, torch.cumsum(counts, 0))
+
+        noise = torch.randn(len(high), generator=self.generator, device=excess.device, dtype=excess.dtype)
+        gaps = firing.gaps_T.index_select(0, torch.div(high, batch_size, rounding_mode="trunc"))
+        high = high.index_select(0, _positive(noise.add_(excess).sub_(gaps)))
+
+        luck = draw.bitwise_and_(_LUCKS - 1)
+        least = firing.least_TL.view(-1).index_select(0, (places << _LUCK_BITS).add_(luck))
+        maybe = _positive(excess_at_points - least)
+        places, points, luck, above = (t.index_select(0, maybe) for t in (places, points, luck, excess_at_points))
+        luck = torch.rand(len(luck), generator=self.generator, device=above.device, dtype=above.dtype).add_(luck)
+        wanted = _rate(above - firing.gaps_T.index_select(0, places))
+        counted = (above <= 0) & (luck * firing.rates_T.index_select(0, places) < _LUCKS * wanted)
+        return self._keys(torch.cat([high, points[counted]]), columns.items, batch_size)
+
+    def _keys(self, cells: Tensor, items: Tensor, batch_size: int) -> Tensor:
+        """(K,) row * N + feature of cells place * B + row."""
+        places = torch.div(cells, batch_size, rounding_mode="trunc")
+        rows = cells - places * batch_size
+        return rows.mul_(self.firing.num_features).add_(items.index_select(0, places))
 
     def below(self, rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         firing = self.firing
@@ -295,6 +309,44 @@ class _LowRankDraw:
         noise = torch.randn(len(children), generator=self.generator, device=lift.device, dtype=lift.dtype)
         fires = lift + noise > firing.cuts_N[children]
         return which[fires], children[fires]
+
+
+def _rate(normal: Tensor) -> Tensor:
+    """The rate of a Poisson process that has a point as often as a standard normal variable is below `normal`."""
+    return -torch.log1p(-torch.special.ndtr(normal))
+
+
+def _positive(values: Tensor) -> Tensor:
+    """(K,) places of positive entries, counted row after row. On a CPU numpy finds them, in a fifth of torch's time."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() > 0))
+    return (values > 0).view(-1).nonzero().squeeze(1)
+
+
+def _products(columns: _Columns, shared_SB: Tensor, points: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells place * B + row that are above their level, by how much, and how much all `points` are.
+
+    `points` ascend by place; those of place i end at `ends[i]`. The table of all cells is never there at once.
+    """
+    batch_size, count = shared_SB.shape[1], len(columns.items)
+    at_once = max(1, _CELLS_IN_CACHE // batch_size)
+    starts = range(0, count, at_once)
+    stops = ends[[min(start + at_once, count) - 1 for start in starts]].tolist()
+    block = shared_SB.new_empty(min(at_once, count) * batch_size)
+    at_points = shared_SB.new_empty(len(points))
+    cells: list[Tensor] = [points.new_empty(0)]
+    above: list[Tensor] = [block.new_empty(0)]
+    seen = 0
+    for start, stop in zip(starts, stops, strict=True):
+        scaled = columns.scaled_TS[start : start + at_once]
+        values = block[: len(scaled) * batch_size]
+        torch.mm(scaled, shared_SB, out=values.view(len(scaled), batch_size))
+        found = _positive(values)
+        above.append(values.index_select(0, found))
+        cells.append(found.add_(start * batch_size))
+        torch.index_select(values, 0, points[seen:stop] - start * batch_size, out=at_points[seen:stop])
+        seen = stop
+    return torch.cat(cells), torch.cat(above), at_points
 
 
 def _thresholds(probabilities: Tensor) -> Tensor:

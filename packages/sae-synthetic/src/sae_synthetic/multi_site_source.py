@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_synthetic.multi_site import MultiSiteModel, MultiSiteModelConfig
 from sae_synthetic.source import SyntheticBatches
-from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world
+from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world, saved_world
 
 __all__ = ["MultiSiteBatches", "MultiSiteSource", "MultiSiteSourceConfig"]
 
@@ -86,8 +86,7 @@ class MultiSiteSource:
 
     def metadata(self) -> dict[str, Any]:
         """The world behind the activations."""
-        saved = None if self.config.model is None else str(self.config.model)
-        return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved}}
+        return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved_world(self.config)}}
 
 
 @final

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_synthetic.features import FeatureDictionary, decode_codes
 from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
-from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world
+from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world, saved_world
 
 __all__ = ["SyntheticActivationIterator", "SyntheticBatches", "SyntheticSource", "SyntheticSourceConfig"]
 
@@ -212,8 +212,7 @@ class SyntheticSource:
 
     def metadata(self) -> dict[str, Any]:
         """The model behind the activations."""
-        saved = None if self.config.model is None else str(self.config.model)
-        return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved}}
+        return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved_world(self.config)}}
 
 
 def _model_config(config: SyntheticSourceConfig) -> SyntheticModelConfig:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sae_core.config import check_fields, option, require
 from sae_core.errors import ConfigError
 
-__all__ = ["WorldSourceConfig", "check_world", "new_world", "world_settings"]
+__all__ = ["WorldSourceConfig", "check_world", "new_world", "saved_world", "world_settings"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -50,6 +50,11 @@ def world_settings(config: WorldSourceConfig) -> dict[str, Any]:
     """What the config says about a new world, by the names of its fields."""
     given = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OF_NO_WORLD}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def saved_world(config: WorldSourceConfig) -> str | None:
+    """The saved world's folder as it is found from anywhere, so that a run can be resumed from another directory."""
+    return None if config.model is None else str(config.model.absolute())
 
 
 def check_world(config: WorldSourceConfig, needed: Sequence[str], make: Callable[[], object]) -> None:
