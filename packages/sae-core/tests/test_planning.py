@@ -97,3 +97,10 @@ def test_a_disk_that_is_too_full_is_named(small: list[str], run_file: Path, monk
 def test_what_a_run_would_refuse_its_plan_refuses(run_file: Path, capsys: Any) -> None:
     assert main(["plan", str(run_file), "--set", "sae.kk=3"]) == 1
     assert "kk" in capsys.readouterr().err
+
+
+def test_a_plan_for_several_processes_says_what_each_of_them_receives(run_file: Path) -> None:
+    found = json.loads(command("plan", str(run_file), "--json", "--set", "parallel.data=4", "--set", "sae.d_sae=1024"))
+    weights = 4 * (2 * 256 * 1024 + 1024 + 256)
+    assert found["processes"] == 4
+    assert found["traffic"]["gradients"] == 2 * 3 * weights // 4

@@ -21,7 +21,16 @@ from sae_core.data.wiring import Wiring
 from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.ops.process import available_memory, peak_while, resident_memory
-from sae_core.protocols import ActivationBatch, ActivationSource, EstimatesCosts, GivesSequences, HasTargets, Memory
+from sae_core.parallel.joining import require_divisible, started_ranks
+from sae_core.protocols import (
+    ActivationBatch,
+    ActivationSource,
+    EstimatesCosts,
+    GivesParts,
+    GivesSequences,
+    HasTargets,
+    Memory,
+)
 from sae_core.run import RunConfig, chosen_device, members_in, new_sae, open_source, parameter_bytes
 from sae_core.sae import SAE
 from sae_core.training.config import TrainConfig
@@ -36,7 +45,8 @@ _TIMED = 3
 @final
 @dataclass(kw_only=True)
 class Plan:
-    """What a run takes. `seconds` are those of all steps and of the source, None where it could not be measured.
+    """What a run takes, and of several processes what each takes. `traffic` is what a process receives in a step. `seconds` are
+    those of all steps and of the source, None where it could not be measured.
 
     `memory` lists what is held at the same time where it is most; `available` is what each device has for it. `problems` says
     what cannot fit; a plan that ends early, since the source alone does not, lacks the rest.
@@ -49,6 +59,8 @@ class Plan:
     samples: int = 0
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     problems: list[str] = field(default_factory=list[str])
+    processes: int = 1
+    traffic: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
 
     def needed(self, device: str) -> int:
         """Bytes on a device."""
@@ -61,7 +73,9 @@ def plan(run: RunConfig) -> Plan:
 
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
-    found = Plan(samples=max(member.train.total_samples for member in members.values()))
+    processes = started_ranks() if run.parallel.data == "auto" else run.parallel.data
+    samples = max(member.train.total_samples for member in members.values())
+    found = Plan(samples=samples, processes=processes)
     device = torch.device(run.device)
     _load_libraries()
     source = open_source(run)
@@ -78,13 +92,14 @@ def plan(run: RunConfig) -> Plan:
     own = sum(entry.bytes for entry in loaded if entry.device == "cpu")
     found.memory[0] = Memory("Python and libraries", max(now - own, found.memory[0].bytes), "cpu")
     batch_size = next(iter(members.values())).train.batch_size
+    require_divisible(batch_size, processes)
     if isinstance(source, EstimatesCosts):
         found.memory += source.to_run(batch_size)
     if _refused(found):
         return found
     steps: list[int] = []
     sizes: dict[str, int] = {}
-    seconds = 0.0
+    seconds, latents = 0.0, 0
     for name, member in members.items():
         label = f"{name}: " if name else ""
         known = parameter_bytes(run, member, source)
@@ -97,20 +112,30 @@ def plan(run: RunConfig) -> Plan:
         sae = new_sae(run, member, name, source) if sae is None else sae
         forms = _forms(sae)
         found.disk.append((f"{label}the SAE, and its training form where that differs", size * forms))
-        took, beside = _measured(sae, member.train, source, widths)
+        here = dataclasses.replace(member.train, batch_size=member.train.batch_size // processes)
+        took, beside = _measured(sae, here, source, widths)
         steps.append(
             max(beside, size * (forms + 1))
         )  # what is saved at the end is folded, copied and made contiguous first
         seconds += took * math.ceil(member.train.total_samples / member.train.batch_size)
         records = member.train.total_samples / member.train.batch_size / member.train.log_every_steps
         found.disk.append((f"{label}log and report", int(_RECORD * records) + _REPORT))
+        latents += sae.d_sae
         del sae
     found.memory.append(Memory("a step, or saving at the end, beside that", max(steps), device.type))
+    if processes > 1:  # each sends as much: every gradient goes round once to be added up, and once as the sum
+        gradients = 2 * (processes - 1) * sum(sizes.values()) // processes
+        refresh = max(member.train.dead_refresh_steps for member in members.values())
+        found.traffic = [
+            ("gradients", gradients),
+            ("which latents fired, of every refresh a step's part", 2 * 8 * latents // refresh),
+        ]
     settings = next(iter(members.values())).train
     buffers = sum(entry.bytes for entry in found.memory if "buffer" in entry.what)
     each = 3 * sum(sizes.values()) + buffers
     found.disk.append((f"checkpoints, {settings.keep_last} and the next one", (settings.keep_last + 1) * each))
-    found.seconds = {"steps": seconds, "source": _seconds_per_sample(source, batch_size) * found.samples}
+    own_share = found.samples // processes if isinstance(source, GivesParts) else found.samples
+    found.seconds = {"steps": seconds, "source": _seconds_per_sample(source, batch_size) * own_share}
     output = next(path for path in (run.output.absolute(), *run.output.absolute().parents) if path.exists())
     found.free_disk = shutil.disk_usage(output).free
     _refused(found)

@@ -31,7 +31,9 @@ __all__ = [
     "Command",
     "EstimatesCosts",
     "FileSource",
+    "GivesParts",
     "GivesSequences",
+    "HasFingerprint",
     "HasMetadata",
     "HasTargets",
     "KnowsBaseModels",
@@ -94,6 +96,25 @@ class GivesSequences(Protocol):
 
     @property
     def sequence_length(self) -> int | None: ...
+
+
+@runtime_checkable
+class GivesParts(Protocol):
+    """A source that can give one of several processes its rows of every batch without reading or computing the others'.
+
+    `parts(batch_size, rank, ranks)` yields for each of the `batches(batch_size)` its rows ``rank::ranks`` (of sequences, its
+    sequences), and how many rows the whole batch has. The iterator's state is that of `batches`, the same on every rank. A
+    source without this is read whole by every process.
+    """
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor | ActivationBatch, int]]: ...
+
+
+@runtime_checkable
+class HasFingerprint(Protocol):
+    """A source that can say in a few letters which data it reads, for processes that are to read the same."""
+
+    def fingerprint(self) -> str: ...
 
 
 @runtime_checkable

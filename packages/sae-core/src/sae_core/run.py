@@ -36,6 +36,9 @@ from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError, FormatError, MissingDependencyError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
 from sae_core.members import Member, members_of
+from sae_core.parallel.config import ParallelConfig
+from sae_core.parallel.joining import agree_on
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.plugins import get_registry
 from sae_core.protocols import ActivationSource, Logger, MeasuresHeldOut, RunFacts
 from sae_core.run_folder import (
@@ -52,7 +55,7 @@ from sae_core.run_folder import (
 )
 from sae_core.sae import SAE, as_device, as_dtype, create
 from sae_core.signals import first_signal
-from sae_core.training.checkpoint import Checkpoints, Found
+from sae_core.training.checkpoint import Checkpoints, Found, sent_from_first
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import named_architecture
@@ -101,6 +104,9 @@ class RunConfig:
     dtype: str = option(default="float32", help="precision of the SAE's parameters")
     loggers: list[dict[str, Any]] = option(
         default_factory=list, help="further loggers, each name: NAME and that logger's fields"
+    )
+    parallel: ParallelConfig = option(
+        default_factory=ParallelConfig, help="how the processes that torchrun started share the work"
     )
     eval: dict[str, Any] = option(
         default_factory=dict,
@@ -169,7 +175,7 @@ def execute(run: RunConfig, *, overwrite: bool = False, resume: bool = False, fo
 
 
 def execute_all(
-    run: RunConfig, *, overwrite: bool = False, resume: bool = False, force: bool = False
+    run: RunConfig, *, overwrite: bool = False, resume: bool = False, force: bool = False, ranks: Ranks = ALONE
 ) -> dict[str, TrainResult]:
     """Train as `run` says and save into its output folder; several dictionaries into ``saes/NAME`` there.
 
@@ -178,7 +184,12 @@ def execute_all(
     SIGHUP finish the step, write a checkpoint and raise `RunStopped`. What was learnt until then is also saved under
     ``interrupted``, as it is when an error ends the training. Raises FormatError when the output holds another run, unless
     `overwrite`, which keeps the old one until the new one has ended well.
+
+    On several `ranks` each process calls this, and the first one has the folder to itself.
     """
+    agree_on(run.parallel, ranks)
+    if not ranks.first:
+        return _train(run, None, None, force=force, ranks=ranks)
     with locked(run.output.absolute()) as folder:
         found = None
         if resume:
@@ -188,7 +199,7 @@ def execute_all(
                 raise FormatError(f"{run.output}: holds a finished SAE without checkpoints, so it cannot go on")
         else:
             folder.for_new_run(overwrite=overwrite)
-        return _train(run, folder, found, force=force)
+        return _train(run, folder, found, force=force, ranks=ranks)
 
 
 def open_source(run: RunConfig) -> ActivationSource:
@@ -201,11 +212,19 @@ def members_in(run: RunConfig) -> dict[str, Member]:
     return members_of(run.sae, run.saes, run.grid, run.train, run.seed)
 
 
-def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: bool) -> dict[str, TrainResult]:
+def _train(
+    run: RunConfig, folder: RunFolder | None, found: Found | None, *, force: bool, ranks: Ranks
+) -> dict[str, TrainResult]:
+    """Train on this rank; `folder` is that of the first one, and None on the others."""
     run = dataclasses.replace(run, device=chosen_device(run.device))
+    require(
+        ranks.size == 1 or torch.device(run.device).index is None,  # pyright: ignore[reportUnnecessaryComparison] - torch says int
+        f"device: {run.device} is one for {ranks.size} processes; say cuda, and each takes its own",
+    )
     members = members_in(run)
     source = open_source(run)
-    initial = {} if found is None else found.state["initial"]
+    state = sent_from_first(None if found is None else found.state, ranks)
+    initial = {} if state is None else state["initial"]
     saes = {
         name: new_sae(run, _without_start(member, initial.get(name)), name, source) for name, member in members.items()
     }
@@ -214,30 +233,40 @@ def _train(run: RunConfig, folder: RunFolder, found: Found | None, *, force: boo
         saes[""] if list(saes) == [""] else saes,
         source,
         {name: member.train for name, member in members.items()},
-        loggers=_loggers(run, folder, members),
-        checkpoints=folder.work / CHECKPOINTS,
+        loggers={} if folder is None else _loggers(run, folder, members),
+        checkpoints=run.output if folder is None else folder.work / CHECKPOINTS,
         held_out=_held_out(run, source),
-        facts={name: RunFacts(name=name, sae=sae, config=full, folder=folder.of(name)) for name, sae in saes.items()},
+        facts={
+            name: RunFacts(name=name, sae=sae, config=full, folder=run.output if folder is None else folder.of(name))
+            for name, sae in saes.items()
+        },
+        ranks=ranks,
     )
-    if found is not None:
-        for message in found.damaged:
+    if state is not None:
+        for message in [] if found is None else found.damaged:
             _say(f"skipped: {message}")
-        trainer.load_state_dict(found.state, force=force)
-        if folder.finished and trainer.finished:
-            _say(f"{run.output}: this run has ended already; raise train.total_samples to train further")
+        trainer.load_state_dict(state, force=force)
+        if ranks.told(folder is not None and folder.finished) and trainer.finished:
+            if folder is not None:
+                _say(f"{run.output}: this run has ended already; raise train.total_samples to train further")
             return trainer.results()
-        _say(f"going on at {trainer.samples:,} samples")
-    with _writing(folder.work):
-        if found is None:
-            folder.clear()
-        else:
-            folder.reopen(members)
-        _write_yaml(folder.work / RUN_FILE, full)
+        if folder is not None:
+            _say(f"going on at {trainer.samples:,} samples")
+    trainer.agree()
+    if folder is not None:
+        with _writing(folder.work):
+            if found is None:
+                folder.clear()
+            else:
+                folder.reopen(members)
+            _write_yaml(folder.work / RUN_FILE, full)
     if trainer.finished:  # it was killed while it saved what had come out
         results = trainer.results()
     else:
         results = _fit(trainer, folder)
         trainer.checkpoint()
+    if folder is None:
+        return results
     _report(folder, results, full)
     with _writing(folder.work):
         for name, result in results.items():
@@ -299,7 +328,7 @@ def _writing(folder: Path) -> Generator[None]:
         raise FormatError(f"{folder}: cannot be written: {reason}") from error
 
 
-def _fit(trainer: Trainer, folder: RunFolder) -> dict[str, TrainResult]:
+def _fit(trainer: Trainer, folder: RunFolder | None) -> dict[str, TrainResult]:
     """`Trainer.fit_all`, with signals heard and what was learnt kept when it does not end well."""
     heard: list[signal.Signals] = []
 
@@ -308,25 +337,27 @@ def _fit(trainer: Trainer, folder: RunFolder) -> dict[str, TrainResult]:
         trainer.stop()
 
     try:
-        with first_signal(stop):
+        with first_signal(stop, quiet=folder is None):
             results = trainer.fit_all()
-            if heard and not trainer.finished:
-                raise _stopped(trainer, folder, heard[0])
+            if trainer.stopped and not trainer.finished:
+                by = [each for each in trainer.ranks.everyone(heard[0] if heard else None) if each is not None]
+                if by:
+                    raise _stopped(trainer, folder, by[0])
             return results
     except RunStopped:
         raise
     except BaseException as error:
-        if trainer.steps:
+        if trainer.steps and folder is not None:
             error.add_note(_keep(trainer, folder))
         raise
     finally:
         trainer.close()
 
 
-def _stopped(trainer: Trainer, folder: RunFolder, which: signal.Signals) -> RunStopped:
+def _stopped(trainer: Trainer, folder: RunFolder | None, which: signal.Signals) -> RunStopped:
     if not trainer.steps:
         return RunStopped(f"stopped by {which.name} before the first step", which)
-    kept = _keep(trainer, folder)
+    kept = "" if folder is None else _keep(trainer, folder)
     path = trainer.checkpoint()
     return RunStopped(f"stopped by {which.name}; --resume goes on from {path}; {kept}", which)
 

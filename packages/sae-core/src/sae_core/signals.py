@@ -20,8 +20,11 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @contextmanager
-def first_signal(then: Callable[[signal.Signals], None]) -> Generator[None]:
-    """Within the block, call `then` for the first of SIGINT, SIGTERM and SIGHUP. Outside the main thread, do nothing."""
+def first_signal(then: Callable[[signal.Signals], None], *, quiet: bool = False) -> Generator[None]:
+    """Within the block, call `then` for the first of SIGINT, SIGTERM and SIGHUP, and say so unless `quiet`.
+
+    Outside the main thread, do nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -31,7 +34,9 @@ def first_signal(then: Callable[[signal.Signals], None]) -> Generator[None]:
         for name in before:
             signal.signal(name, signal.SIG_DFL)
         which = signal.Signals(number)
-        os.write(2, f"\nsae-core: {which.name}: stopping after this step; another signal stops at once\n".encode())
+        if not quiet:
+            message = f"\nsae-core: {which.name}: stopping after this step; another signal stops at once\n"
+            os.write(2, message.encode())
         then(which)
 
     for name in _NAMES:

@@ -30,6 +30,7 @@ from sae_core.codes import Codes, SparseCodes
 from sae_core.config import Schedule, option, require, value_at
 from sae_core.ops.batch_topk import BatchTopK
 from sae_core.ops.merging import smallest_value
+from sae_core.ops.whole_batch import smallest_in_batch
 from sae_core.sae import Axis, Export, Prepared, StepContext, StepOutput, training_option
 
 __all__ = ["BatchSelectingConfig", "BatchSelectingSAE"]
@@ -104,10 +105,11 @@ class BatchSelectingSAE(SelectingSAE[C], ABC):
 
     @torch.no_grad()
     def _move_threshold(self, latents: SparseCodes) -> None:
-        """In eval mode, and with no latent, nothing happens."""
+        """In eval mode, and with no latent in the batch, nothing happens."""
         if not self.training:
             return
-        rate, smallest = self.config.topk_threshold_lr, smallest_value(latents, self.ranks).double()
+        rate = self.config.topk_threshold_lr
+        smallest = smallest_in_batch(smallest_value(latents, self.ranks).double())
         if not self.config.topk_threshold_bias_correction:
             moved = torch.lerp(self.topk_threshold.double(), smallest, rate)
         else:

@@ -51,6 +51,7 @@ from sae_core.ops.encode import encode_dense, encode_entries
 from sae_core.ops.layered import Given, joined, split, sum_of_tails
 from sae_core.ops.select import Above, TopK
 from sae_core.ops.ste import jump
+from sae_core.ops.whole_batch import smallest_in_batch
 from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 from sae_core.sites import NormKind, Sites
 
@@ -441,11 +442,12 @@ class CrossLayerTranscoder(SAE[CrossLayerTranscoderConfig]):
     def _move_threshold(self, latents: SparseCodes) -> None:
         """Take the smallest latent that stayed, of each layer or of all, into the running mean; see `batch_selecting`."""
         mean, weight = self.topk_threshold, self.topk_threshold_weight
-        if not self.training or mean is None or weight is None or latents.values.numel() == 0:
+        if not self.training or mean is None or weight is None:
             return
         size = self.d_sae // mean.numel()
         smallest = torch.full_like(mean, torch.inf)
         smallest.scatter_reduce_(0, latents.indices // size, latents.values.to(mean.dtype), "amin")
+        smallest = smallest_in_batch(smallest)
         rate, seen = self.config.topk_threshold_lr, smallest.isfinite()
         before = weight * (1 - rate)
         moved = (before * mean + rate * torch.where(seen, smallest, 0.0)) / (before + rate)

@@ -25,6 +25,7 @@ from sae_core.architectures.parts import squared_error
 from sae_core.codes import Codes
 from sae_core.config import Schedule, ends_of, require, value_at
 from sae_core.ops.decode import decode_and_norms
+from sae_core.ops.whole_batch import mean_over_batch
 from sae_core.sae import Prepared, SAEConfig, StepContext, StepOutput, training_option
 
 __all__ = ["StandardConfig", "StandardSAE"]
@@ -73,10 +74,12 @@ class StandardSAE(LinearSAE[StandardConfig]):
         y_RO, norms = decode_and_norms(codes, self.W_dec, self.norm_sizes())
         reconstruction = self.to_loss_space(self.with_bias_and_skip(y_RO, prepared), prepared)
         coefficient = value_at(self.config.l1_coefficient, context.progress)
-        penalty = weighted_p_norms(codes, norms, value_at(self.config.lp_norm, context.progress)).mean()
+        penalty_R = weighted_p_norms(codes, norms, value_at(self.config.lp_norm, context.progress))
+        penalty = penalty_R.mean()
         if self.config.lp_norm_keeps_scale:
-            size = penalty.detach()
-            penalty = penalty * torch.where(size > 0, codes.detach().row_dots(norms.detach()).mean() / size, 1.0)
+            size = mean_over_batch(penalty_R)
+            l1 = mean_over_batch(codes.detach().row_dots(norms.detach()))
+            penalty = penalty * torch.where(size > 0, l1 / size, 1.0)
         losses = {"mse": squared_error(reconstruction, target), "l1": coefficient * penalty}
         return StepOutput(losses["mse"] + losses["l1"], losses, codes, reconstruction, target)
 

@@ -38,6 +38,7 @@ from sae_core.ops.active import encode_active
 from sae_core.ops.decode import decode
 from sae_core.ops.encode import encode_entries
 from sae_core.ops.select import TopK
+from sae_core.ops.whole_batch import mean_over_batch
 from sae_core.sae import SAE, Axis, Export, Prepared, SAEConfig, StepContext, StepOutput, training_option
 
 __all__ = ["TemporalConfig", "TemporalSAE"]
@@ -151,7 +152,8 @@ class TemporalSAE(SAE[TemporalConfig]):
             losses["l1"] = coefficient * codes.row_sums(weighted).mean()
         with torch.no_grad():
             predicted, novel = prepared.scratch["predicted"], decode(codes.detach(), self.W_dec)
-            share = predicted.square().sum() / (predicted.square().sum() + novel.square().sum()).clamp_min(_EPS)
+            sizes = [mean_over_batch(y.reshape(len(novel), -1).square().sum(-1)) for y in (predicted, novel)]
+            share = sizes[0] / (sizes[0] + sizes[1]).clamp_min(_EPS / len(novel))
         loss = sum(losses.values(), torch.zeros(()))
         return StepOutput(loss, losses, codes, reconstruction, target, {"predicted_share": share})
 

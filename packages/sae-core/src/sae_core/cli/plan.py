@@ -52,6 +52,8 @@ def _as_json(found: Found) -> str:
             "samples": found.samples,
             "seconds": found.seconds,
             "problems": found.problems,
+            "processes": found.processes,
+            "traffic": dict(found.traffic),
         },
         indent=2,
     )
@@ -67,6 +69,9 @@ def _as_text(found: Found) -> str:
         if device in found.available:
             rows.append(["can be had", _size(found.available[device])])
         parts.append(table([f"MEMORY ON {device.upper()}", ""], rows))
+    if found.traffic:
+        rows = [[what, _size(size)] for what, size in found.traffic]
+        parts.append(table([f"TRAFFIC OF A STEP, TO EACH OF {found.processes} PROCESSES", ""], rows))
     if found.disk:
         rows = [[what, _size(size)] for what, size in found.disk]
         rows.append(["together", _size(sum(size for _, size in found.disk))])

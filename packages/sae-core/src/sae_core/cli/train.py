@@ -49,17 +49,28 @@ class Train:
         )
 
     def run(self, args: argparse.Namespace) -> int:
-        """Train, save, and say what came out and where it is."""
-        from sae_core.cli.tables import table
+        """Train, save, and say what came out and where it is. Of several processes the first one says it."""
+        from sae_core.parallel.joining import joined
         from sae_core.run import RunStopped, execute_all
+
+        with joined() as ranks:
+            run = _run_of(args)
+            try:
+                results = execute_all(
+                    run, overwrite=args.overwrite, resume=args.resume is not None, force=args.force, ranks=ranks
+                )
+            except RunStopped as stopped:
+                if ranks.first:
+                    print(f"sae-core: {stopped}", file=sys.stderr)
+                return 128 + stopped.signal
+            if ranks.first:
+                return self._say(run, results)
+        return 0 if any(result.dropped is None for result in results.values()) else 1
+
+    def _say(self, run: RunConfig, results: Mapping[str, TrainResult]) -> int:
+        from sae_core.cli.tables import table
         from sae_core.run_folder import LOG, REPORT, RUN_FILE
 
-        run = _run_of(args)
-        try:
-            results = execute_all(run, overwrite=args.overwrite, resume=args.resume is not None, force=args.force)
-        except RunStopped as stopped:
-            print(f"sae-core: {stopped}", file=sys.stderr)
-            return 128 + stopped.signal
         if list(results) != [""]:
             return _several(run, results)
         result = results[""]

@@ -25,7 +25,7 @@ from sae_core.sites import Sites
 if TYPE_CHECKING:
     from sae_core.sae import SAE
 
-__all__ = ["RowBatches", "TensorFiles", "TensorFilesConfig", "TensorFilesHeldOut"]
+__all__ = ["PartBatches", "RowBatches", "TensorFiles", "TensorFilesConfig", "TensorFilesHeldOut"]
 
 T = TypeVar("T")
 
@@ -135,10 +135,23 @@ class TensorFiles:
 
     def batches(self, batch_size: int) -> RowBatches[Any]:
         """Batches (batch_size, d_in), or pairs, from the first one; the last one of an epoch may be smaller."""
-        config = self.config
-        return RowBatches(
-            self._read, self.rows, batch_size, epochs=config.epochs, seed=config.seed if config.shuffle else None
-        )
+        return self._batches_of(self._read, batch_size)
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> PartBatches[Any]:
+        """For each of the `batches` the rows of one of several processes, the only ones that it reads."""
+        return PartBatches(self._read, self._batches_of(lambda numbers: numbers, batch_size), rank, ranks)
+
+    def fingerprint(self) -> str:
+        """Of the numbers of rows and of some of the rows."""
+        import hashlib
+
+        some = self._read(torch.linspace(0, self.rows - 1, min(self.rows, 16)).long())
+        pair = some if isinstance(some, ActivationBatch) else ActivationBatch(some)
+        parts = [part for part in (pair.inputs, pair.targets) if part is not None]
+        found = hashlib.sha256(str(self.rows).encode())
+        for part in parts:
+            found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return f"{self.rows} rows, {found.hexdigest()[:12]}"
 
     def held_out(self, config: TensorFilesHeldOut) -> Callable[[SAE], Mapping[str, float]]:
         """A function that measures explained variance and L0 on rows held out. Raises ConfigError where there are none."""
@@ -175,6 +188,11 @@ class TensorFiles:
     def metadata(self) -> Mapping[str, Any]:
         """Where the activations came from."""
         return {"dataset_path": ", ".join(str(path.absolute()) for path in self.config.paths)}
+
+    def _batches_of(self, read: Callable[[Tensor], T], batch_size: int) -> RowBatches[T]:
+        config = self.config
+        seed = config.seed if config.shuffle else None
+        return RowBatches(read, self.rows, batch_size, epochs=config.epochs, seed=seed)
 
     def _read(self, chosen: Tensor) -> Tensor | ActivationBatch:
         inputs = self._inputs.read(chosen)
@@ -287,6 +305,34 @@ class RowBatches(Generic[T]):
         else:
             self._drawn_from = self._generator.get_state()
             self._order = torch.randperm(self._rows, generator=self._generator)
+
+
+@final
+class PartBatches(Generic[T]):
+    """The rows of process `rank` of `ranks` in each batch of row `numbers`, and how many rows the whole batch has.
+
+    >>> whole = RowBatches(lambda numbers: numbers, rows=5, batch_size=4, epochs=1, seed=None)
+    >>> [(part.tolist(), rows) for part, rows in PartBatches(lambda numbers: numbers, whole, rank=1, ranks=2)]
+    [([1, 3], 4), ([], 1)]
+    """
+
+    def __init__(self, read: Callable[[Tensor], T], numbers: RowBatches[Tensor], rank: int, ranks: int) -> None:
+        self._read, self._numbers, self._rank, self._ranks = read, numbers, rank, ranks
+
+    def __iter__(self) -> PartBatches[T]:
+        return self
+
+    def __next__(self) -> tuple[T, int]:
+        numbers = next(self._numbers)
+        return self._read(numbers[self._rank :: self._ranks].contiguous()), len(numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, which is the same for all of them."""
+        return self._numbers.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a saved place; see `RowBatches`."""
+        self._numbers.load_state_dict(state)
 
 
 def _expand(paths: Sequence[Path]) -> list[Path]:

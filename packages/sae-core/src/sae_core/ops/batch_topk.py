@@ -4,6 +4,9 @@ The pairs compete across rows, yet the (rows, d_sae) matrix need not exist. What
 reach, the final one is no lower, so pairs below it are out. It is guessed low from the first few rows, raised whenever too
 many candidates have gathered, and proved at the end: if at least ``k * rows`` candidates passed the guess, nothing that it
 kept out belongs to the result. If not (the first rows were unlike the rest), all is done again without a guess.
+
+Where several processes have some rows each, the batch is theirs together: every one finds candidates among its rows, and how
+large the last one is that stays, and whether that proves the guesses, is asked of the whole batch.
 """
 
 # R rows, F d_sae, E candidates, T the number of entries to keep
@@ -26,6 +29,7 @@ from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.screening import count
 from sae_core.ops.select import KeepsK
+from sae_core.ops.whole_batch import whole_batch
 
 __all__ = ["BatchTopK"]
 
@@ -54,29 +58,32 @@ class BatchTopK(KeepsK):
     scale: Tensor | None = None
 
     def __call__(self, product: EncoderProduct) -> SparseCodes:
-        total = self._total(product.rows, product.d_sae)
-        found, proved = self._gather(product, total, guess=True)
-        if not proved:
+        batch, total = whole_batch(), self._total(product.rows, product.d_sae)
+        found, guessed = self._gather(product, total, guess=True)
+        least = batch.kth_largest(found.rank, total)
+        if not batch.ranks.everywhere((least > guessed) | (guessed <= 0)):
             found, _ = self._gather(product, total, guess=False)
-        return found.best(total).codes(product.rows, product.d_sae)
+            least = batch.kth_largest(found.rank, total)
+        return found.in_batch(least, total, product.d_sae).codes(product.rows, product.d_sae)
 
     def screen(self, product: Screened) -> SparseCodes:
         """Entries whose bounds are above a guess are candidates. If the least value kept of them is above all other bounds,
         that is proved; if not, it says how low the guess must be.
         """
-        total = self._total(product.rows, product.d_sae)
+        batch, total = whole_batch(), self._total(product.rows, product.d_sae)
         if not total:
             return self(product.full())
         floor = torch.maximum(product.nothing, self._guessed_bound(product))
         proposed = proposed_above(product, floor, most=int(_WIDE * total))
         best, left, (entries, full) = self._best_of(product, proposed, total, all_of_them=False)
-        least = _least(best, total)
-        if not bool(least >= product.rounding.above(left) + product.tiny):
+        least = batch.kth_largest(best.rank, total)
+        if not batch.ranks.everywhere(least >= product.rounding.above(left) + product.tiny):
             proposed = proposed_above(product, torch.maximum(product.nothing, product.below(least)))
             best, _, (more, full) = self._best_of(product, proposed, total, all_of_them=True)
             entries += more
+            least = batch.kth_largest(best.rank, total)
         count(product.rows, full, entries)
-        return best.codes(product.rows, product.d_sae)
+        return best.in_batch(least, total, product.d_sae).codes(product.rows, product.d_sae)
 
     def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
         rank = codes.values if self.scale is None else codes.values * self.scale.to(codes.values.dtype)[codes.indices]
@@ -86,14 +93,16 @@ class BatchTopK(KeepsK):
         """The same choice among entries that are known already."""
         position = codes.row_ids() * codes.d_sae + codes.indices
         rank = codes.values if self.scale is None else codes.values * self.scale[codes.indices]
-        best = _Candidates(rank, codes.values, position).best(self._total(codes.rows, codes.d_sae))
+        found, total = _Candidates(rank, codes.values, position), self._total(codes.rows, codes.d_sae)
+        best = found.in_batch(whole_batch().kth_largest(rank, total), total, codes.d_sae)
         return best.codes(codes.rows, codes.d_sae)
 
     def _total(self, rows: int, d_sae: int) -> int:
+        rows = whole_batch().count(rows)
         return min(int(self.k * rows), rows * d_sae)
 
-    def _gather(self, product: EncoderProduct, total: int, *, guess: bool) -> tuple[_Candidates, bool]:
-        """Candidates for the `total` largest entries, and whether it is certain that these are among them."""
+    def _gather(self, product: EncoderProduct, total: int, *, guess: bool) -> tuple[_Candidates, Tensor]:
+        """Candidates for the `total` largest entries, and the rank guessed: those with a larger one are all among them."""
         d_sae = product.d_sae
         scale = None if self.scale is None else self.scale.to(product.centred.dtype)
         floor, guessed, row = 0.0, 0.0, 0
@@ -112,7 +121,7 @@ class BatchTopK(KeepsK):
                     if 0 < total == found[0].rank.numel():
                         floor = max(floor, float(found[0].rank.min()))
         candidates = _Candidates.joined(found)
-        return candidates, guessed <= 0 or int((candidates.rank > guessed).sum()) >= total
+        return candidates, candidates.rank.new_tensor(guessed)
 
     def _guess(self, pre_RF: Tensor, scale: Tensor | None) -> float:
         """A rank that ``_GUESS_ROOM`` times as many of these entries exceed as are wanted of as many rows, or zero."""
@@ -134,10 +143,11 @@ class BatchTopK(KeepsK):
         """The `total` best by their values, the largest bound left out, how many entries and rows were computed."""
         position, left = proposed.positions, proposed.floor
         row, latent = position.div(product.d_sae, rounding_mode="floor"), position % product.d_sae
-        if not all_of_them and position.numel() > total:
+        if not all_of_them:
             least = product.rounding.beneath(proposed.bounds) - 2 * product.errors(row, latent)
-            needed = proposed.bounds >= product.below(_kth_largest(least, total))
-            left = torch.maximum(left, proposed.bounds.masked_fill(needed, -torch.inf).amax())
+            needed = proposed.bounds >= product.below(whole_batch().kth_largest(least, total))
+            if position.numel():
+                left = torch.maximum(left, proposed.bounds.masked_fill(needed, -torch.inf).amax())
             position, row, latent = position[needed], row[needed], latent[needed]
         full = proposed.full | (torch.bincount(row, minlength=product.rows) > product.crowd)
         stays = ~full[row]
@@ -153,9 +163,7 @@ class BatchTopK(KeepsK):
     def _best_of_rows(self, product: Screened, rows: Tensor, total: int) -> _Candidates:
         """Of rows that are computed in full, all that may be among the `total` best."""
         full = product.full(rows)
-        found, proved = self._gather(full, total, guess=False)
-        assert proved
-        best = found.best(total)
+        best = self._gather(full, total, guess=False)[0].best(total)
         row = best.position.div(product.d_sae, rounding_mode="floor")
         return _Candidates(best.rank, best.value, rows[row] * product.d_sae + best.position % product.d_sae)
 
@@ -191,6 +199,21 @@ class _Candidates:
             threshold = _kth_largest(self.rank, total) if total else self.rank.new_tensor(torch.inf)
             larger, equal = keep & (self.rank > threshold), keep & (self.rank == threshold)
             keep = larger | (equal & (equal.cumsum(0) <= total - larger.sum()))
+        return self._those(keep)
+
+    def in_batch(self, least: Tensor, total: int, d_sae: int) -> _Candidates:
+        """Those among the `total` largest of the whole batch, of which the last is `least`; 0 where there are fewer."""
+        batch = whole_batch()
+        larger, equal = self.rank > least, (self.rank == least) & (self.rank > 0)
+        above = larger.sum().reshape(1)
+        batch.ranks.add([above])
+        position = self.position
+        if batch.ranks.size > 1:
+            row = position.div(d_sae, rounding_mode="floor")
+            position = batch.numbers(row) * d_sae + position % d_sae
+        return self._those(larger | batch.first_of(equal, position, (total - above)[0]))
+
+    def _those(self, keep: Tensor) -> _Candidates:
         chosen = keep.nonzero().squeeze(-1)
         return _Candidates(self.rank[chosen], self.value[chosen], self.position[chosen])
 
@@ -205,11 +228,6 @@ def _per_latent(floor: float, scale: Tensor | None) -> Tensor | float:
         return floor
     lowest = torch.where(scale > 0, floor / scale, torch.inf)
     return lowest - 4 * torch.finfo(scale.dtype).eps * lowest if floor else lowest
-
-
-def _least(best: _Candidates, total: int) -> Tensor:
-    """What the total-th largest positive rank is at least, from the best that were found."""
-    return best.rank.min() if best.rank.numel() == total else best.rank.new_zeros(())
 
 
 def _kth_largest(rank: Tensor, k: int) -> Tensor:

@@ -32,6 +32,7 @@ from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.screening import ask, is_screened
 from sae_core.ops.select import CertifiedSelection, Selection, SelectsOverRanks
+from sae_core.ops.whole_batch import whole_batch
 
 __all__ = ["encode_dense", "encode_entries"]
 
@@ -147,7 +148,7 @@ def _chosen_here(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selectio
     if isinstance(selection, CertifiedSelection):
         ask()
         if is_screened(
-            rows=centred.shape[0],
+            rows=whole_batch().typical(centred.shape[0]),  # ranks choose alike
             d_sae=W_FD.shape[0],
             d_in=W_FD.shape[1],
             wanted=selection.wanted,

@@ -18,13 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast, final
 
+import torch
 from torch import Tensor
 
 from sae_core.durable import sync_file, sync_folder, unique_folder
 from sae_core.errors import DataError, FormatError
 from sae_core.format.files import read_safetensors
+from sae_core.parallel.ranks import Ranks
 
-__all__ = ["CHECKPOINT_VERSION", "Checkpoints", "Found", "read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT_VERSION", "Checkpoints", "Found", "read_checkpoint", "sent_from_first", "write_checkpoint"]
 
 CHECKPOINT_VERSION = 1
 _JSON, _TENSORS = "checkpoint.json", "tensors.safetensors"
@@ -88,6 +90,18 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     if tensors:
         raise FormatError(f"{folder / _TENSORS}: tensors that the checkpoint does not use: {', '.join(tensors)}")
     return state
+
+
+def sent_from_first(state: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, Any] | None:
+    """The state that the first of several ranks has read, on every rank; the others give None."""
+    if ranks.size == 1:
+        return None if state is None else dict(state)
+    tensors: dict[str, Tensor] = {}
+    plain = None if state is None else _without_tensors(state, "", tensors)
+    plain, shapes = ranks.told((plain, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}))
+    tensors = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    ranks.sent([tensor.contiguous() for tensor in tensors.values()] if ranks.first else list(tensors.values()))
+    return None if plain is None else _with_tensors(plain, tensors, Path("checkpoint"))
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 
 from sae_core.config import absolute_paths, unstructure
 from sae_core.errors import UnknownNameError
-from sae_core.protocols import ActivationSource, HasMetadata, HasTargets
+from sae_core.protocols import ActivationSource, HasFingerprint, HasMetadata, HasTargets
 from sae_core.sae import SAE
 from sae_core.training.config import TrainConfig
 
@@ -46,6 +46,8 @@ def source_facts(source: object) -> dict[str, Any]:
     if isinstance(source, ActivationSource):
         facts["sites"] = dict(source.sites)
         facts["target_sites"] = dict(source.target_sites) if isinstance(source, HasTargets) else {}
+    if isinstance(source, HasFingerprint):
+        facts["fingerprint"] = source.fingerprint()
     if isinstance(source, HasMetadata):
         facts["metadata"] = _plain(source.metadata())
     if isinstance(source, Sequence) and not isinstance(source, str):

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from sae_core.config import ends_of, require, structure, unstructure, value_at
-from sae_core.data.stream import Batch, rows_of
+from sae_core.data.stream import Batch, Part, part_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
 from sae_core.ops.mixed import dense_products_in
 from sae_core.ops.screening import ProductForm, Tally, encoder_products, may_screen, tallied
+from sae_core.ops.whole_batch import ALL_HERE, WholeBatch, divided
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
@@ -50,14 +52,43 @@ class DivergedError(DataError):
     """Training made the dictionary worse than useless; its weights are not worth keeping."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Placed:
+    """What is computed here of a batch of `items`, each of `item_rows` rows, and the `share` of the batch that it counts for.
+
+    `together` is what those ask for whom the batch must be whole.
+    """
+
+    batch: ActivationBatch
+    items: int
+    item_rows: int
+    together: WholeBatch
+    share: float
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, on all ranks."""
+        return self.items * self.item_rows
+
+    def whole(self, ranks: Ranks) -> ActivationBatch:
+        """The whole batch."""
+        if self.together.ranks.size == 1:
+            return self.batch
+        inputs, targets = self.batch.inputs, self.batch.targets
+        return ActivationBatch(
+            ranks.whole(inputs, self.items), None if targets is None else ranks.whole(targets, self.items)
+        )
+
+
 @final
 class Learner:
     """One dictionary in training: `sae`, its `config`, `optimizer`, `samples` and `steps` done, `history` of records.
 
-    `wiring` takes of the stream's batches what this dictionary reads and predicts; None: batches are its own.
+    `wiring` takes of the stream's batches what this dictionary reads and predicts; None: batches are its own. Where `ranks` are
+    several, each has the whole dictionary and a part of every batch, and all take the same steps.
     """
 
-    def __init__(self, sae: SAE, config: TrainConfig, wiring: Wiring | None = None) -> None:
+    def __init__(self, sae: SAE, config: TrainConfig, wiring: Wiring | None = None, ranks: Ranks = ALONE) -> None:
         require(
             config.encoder_product == "auto" or sae.has_encoder_product,
             f"encoder_product: {config.encoder_product} makes no difference to {sae.architecture}, which has no large encoder "
@@ -74,6 +105,7 @@ class Learner:
         )
         self.sae = sae
         self.config = config
+        self.ranks = ranks
         self._wiring = wiring
         self.samples = 0
         self.steps = 0
@@ -87,6 +119,7 @@ class Learner:
         self.window = Window(sae.d_out, sae.d_sae, sae.device)
         self.dead = DeadLatents(sae.d_sae, samples_of(config.dead_after_samples, config.total_samples), sae.device)
         self._fired = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)  # over the last part of the run
+        self._fired_here = torch.zeros_like(self._fired)  # what of that other ranks have not been told
         self._fired_rows = 0
         self.steering: CoefficientSteering | None = None
         if config.target_l0 is not None:
@@ -122,56 +155,64 @@ class Learner:
         targets = self.sae.target_normalization
         return self.sae.normalization.fitted and (targets is None or targets.fitted)
 
-    def initialise(self, first: Sequence[Batch]) -> None:
-        """Start b_dec and the normalisation from the first batches, which are trained on afterwards."""
+    def initialise(self, first: Sequence[Batch | Part]) -> None:
+        """Start b_dec and the normalisation from the first batches, on every rank whole; they are trained on afterwards."""
         placed: list[ActivationBatch] = []
         seen = 0
         for batch in first:
             if seen >= self.config.init_samples:
                 break
-            placed.append(self._placed(batch, seen))
-            seen += rows_of(placed[-1], self.sae.d_in)
+            found = self._placed(batch, seen)
+            placed.append(found.whole(self.ranks))
+            seen += found.rows
         if placed:
             _start_from(self.sae, _joined(placed, self.sae), self.config.init_b_dec if self._wants_b_dec else "zeros")
 
     # Steps.
 
-    def step(self, batch: Batch) -> StepResult:
-        """One optimiser step on one batch, cut to what is left of `total_samples`."""
-        placed = self._placed(batch)
+    def step(self, batch: Batch | Part) -> StepResult:
+        """One optimiser step on one batch, cut to what is left of `total_samples`; of it this rank computes its rows."""
+        found = self._placed(batch)
+        placed, rows, share = found.batch, found.rows, found.share
         if self.steps == 0:
             self._announce(placed)
         self.sae.train()
         if self.steps % self.config.dead_refresh_steps == 0:
-            self._dead_indices = self.dead.indices()
+            self._dead_indices = self.dead.indices(self.ranks)
             if self.steering is not None:
-                self.steering.adjust()
+                self.steering.adjust(self.ranks)
         context = self._context(self._dead_indices)
-        rows = rows_of(placed, self.sae.d_in)
         self._set_optimizer(rows, context.progress)
         if not self._gathered_rows:
             self.optimizer.zero_grad(set_to_none=True)
         gathers = self.config.gradient_accumulation_steps > 1
-        with dense_products_in(torch.bfloat16 if self.config.precision == "bfloat16" else None):
-            result = self._passes(placed, context, rows if gathers else 1.0)
+        with (
+            dense_products_in(torch.bfloat16 if self.config.precision == "bfloat16" else None),
+            divided(found.together),
+        ):
+            result = self._passes(placed, context, rows * share if gathers else share)
         if not gathers or self._all_gathered(rows):
+            self._add_gradients()
+            if gathers:
+                self._mean_of_gathered()
             clip = self.config.grad_clip_norm
             clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
             with torch.no_grad():
                 self.sae.after_step()
-        self.window.add(result)
-        self.dead.add(result)
+        self.window.add(result, rows, share)
+        self.dead.add(result, rows)
         if context.progress >= _LAST_PART:
-            self._fired += result.firing_counts
-            self._fired_rows += result.target.shape[0]
+            if share:
+                self._fired_here += result.firing_counts
+            self._fired_rows += rows
         if self.steering is not None:
-            self.steering.add(result)
+            self.steering.add(result, rows, share)
         if self.steps == 0:
-            self._first_error = _error(result)
+            self._first_error = _error(result) * share
         self.samples += rows
         self.steps += 1
         if self._resampling_is_due(rows):
-            self._resample(placed, result)
+            self._resample(found, result)
         return result
 
     def _passes(self, batch: ActivationBatch, context: StepContext, weight: float) -> StepResult:
@@ -196,16 +237,26 @@ class Learner:
             return may_screen(self.sae.device, self.sae.dtype)
 
     def _all_gathered(self, rows: int) -> bool:
-        """Count a batch's gradients, which are sums over rows, and make the mean of them when enough have come together."""
+        """Count a batch's gradients, which are sums over rows; whether enough have come together."""
         self._gathered_rows += rows
         last = self.samples + rows >= self.config.total_samples
-        if (self.steps + 1) % self.config.gradient_accumulation_steps and not last:
-            return False
+        return last or (self.steps + 1) % self.config.gradient_accumulation_steps == 0
+
+    def _mean_of_gathered(self) -> None:
         for parameter in self.sae.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(1 / self._gathered_rows)
         self._gathered_rows = 0
-        return True
+
+    def _add_gradients(self) -> None:
+        """Every rank gets the sum of all ranks' gradients."""
+        if self.ranks.size == 1:
+            return
+        wanted = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
+        for parameter in wanted:
+            if parameter.grad is None:  # another rank may have one
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add([parameter.grad for parameter in wanted if parameter.grad is not None])
 
     def _resampling_is_due(self, rows: int) -> bool:
         every, total = self.config.resample_dead_every_samples, self.config.total_samples
@@ -214,12 +265,12 @@ class Learner:
         size = max(samples_of(every, total), 1)
         return self.samples // size > (self.samples - rows) // size
 
-    def _resample(self, batch: ActivationBatch, result: StepResult) -> None:
+    def _resample(self, found: _Placed, result: StepResult) -> None:
         """Look for dead latents, which waits for the device, and start them anew."""
-        latents = self.dead.indices()
+        latents = self.dead.indices(self.ranks)
         if latents is None:
             return
-        resample(self.sae, latents, batch, result, seed=self.samples)
+        resample(self.sae, latents, found.batch, result, self.samples, found.together)
         forget_moments(self.optimizer, self.sae, latents)
         self.dead.samples_since_fired[latents] = 0
         self._dead_indices = None
@@ -230,9 +281,10 @@ class Learner:
 
         Raises DataError for bad values that came on a device, DivergedError when the steps did harm.
         """
-        means = self.window.flush()
+        means = self.window.flush(self.ranks)
         if not means:
             return None
+        self._tell_others()
         if self._bad_since is not None and int(self._bad_since) >= 0:
             raise DataError(
                 f"NaN or infinite activations in the batch that starts at sample {int(self._bad_since)}; "
@@ -240,7 +292,7 @@ class Learner:
             )
         error = means.pop("residual") or 0.0
         self._check_progress(means, error)
-        l0, dead = means["l0"], self.dead.indices()
+        l0, dead = means["l0"], self.dead.indices(self.ranks)
         self.density = None if l0 is None else l0 / self.sae.d_sae
         known = self.samples > self.dead.after  # before, none can be dead, which says nothing
         record: Record = {
@@ -258,7 +310,7 @@ class Learner:
 
     def firing_density(self) -> Tensor | None:
         """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it."""
-        return None if not self._fired_rows else self._fired.double() / self._fired_rows
+        return None if not self._fired_rows else (self._fired + self._fired_here).double() / self._fired_rows
 
     def moments(self, name: str) -> Tensor | None:
         """Adam's running mean of the squared gradient of the parameter `name`; None before the first step."""
@@ -266,8 +318,38 @@ class Learner:
 
     # The whole state.
 
+    def settle(self) -> None:
+        """Before a state is taken: bring what ranks have summed up together at the first, where a state has it."""
+        if self.ranks.size == 1:
+            return
+        self._tell_others()
+        self.window.settle(self.ranks)
+        self.dead.indices(self.ranks)
+        if self.steering is not None:
+            self.steering.settle(self.ranks)
+        if self._gathered_rows:
+            self._add_gradients()
+        self._leave_to_first()
+
+    def _tell_others(self) -> None:
+        """Sums that every rank has whole."""
+        self.ranks.add([self._fired_here])
+        self._fired += self._fired_here
+        self._fired_here.zero_()
+        if self._first_error is not None:
+            self.ranks.add([self._first_error])
+
+    def _leave_to_first(self) -> None:
+        """The first rank has sums whole, and the others go on from nothing."""
+        if self.ranks.first:
+            return
+        waiting = [parameter.grad for parameter in self.sae.parameters()] if self._gathered_rows else []
+        for tensor in (self._first_error, *waiting):
+            if tensor is not None:
+                tensor.zero_()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on."""
+        """Everything that the next steps depend on; on several ranks after `settle`, and of the first."""
         moments = {
             name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.sae.named_parameters()
         }
@@ -281,7 +363,7 @@ class Learner:
             "window": self.window.state_dict(),
             "silent_samples": self.dead.samples_since_fired,
             "dead": self._dead_indices,
-            "fired": self._fired,
+            "fired": self._fired + self._fired_here,
             "fired_rows": self._fired_rows,
             "resampled": self._resampled,
             "gathered_rows": self._gathered_rows,
@@ -329,6 +411,11 @@ class Learner:
             self.steering.load_state_dict(state["steering"])
         self.density, self._best_error = state["density"], state["best_error"]
         self.samples, self.steps, self.history = state["samples"], state["steps"], list(state["history"])
+        if not self.ranks.first:
+            self.window.forget()
+            if self.steering is not None:
+                self.steering.forget()
+            self._leave_to_first()
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         persistent = set(self.sae.state_dict())
@@ -385,8 +472,11 @@ class Learner:
         self.window.announce(output.losses, {**output.metrics, **self._counted(tally)})
         self.sae.train(was)
 
-    def _placed(self, batch: Batch, first_sample: int | None = None) -> ActivationBatch:
+    def _placed(self, given: Batch | Part, first_sample: int | None = None) -> _Placed:
         """The batch on the SAE's device, checked, and no longer than what is left to train on."""
+        if not isinstance(given, Part) and self.ranks.size > 1:
+            given = part_of(given, self.ranks)
+        part, batch = (given, given.batch) if isinstance(given, Part) else (None, given)
         if not isinstance(batch, ActivationBatch):
             batch = ActivationBatch(batch)
         batch = batch if self._wiring is None else self._wiring(batch)
@@ -401,12 +491,22 @@ class Learner:
                 f"{where}, samples from {start}: inputs: shape {tuple(inputs.shape)}, but {self.sae.architecture} reads whole "
                 "sequences, (sequences, positions, d_in); rows in random order would be taken for neighbours"
             )
+        items = inputs.shape[0] if part is None else part.items
+        together = inputs.shape[1:].numel() // self.sae.d_in
         left = self.config.total_samples - start
-        rows = inputs.numel() // self.sae.d_in
-        if 0 < left < rows:  # whole sequences stay whole
-            keep = math.ceil(left * inputs.shape[0] / rows)
-            inputs, targets = inputs[:keep], None if targets is None else targets[:keep]
-        return ActivationBatch(inputs, targets)
+        if 0 < left < items * together:  # whole sequences stay whole
+            items = math.ceil(left / together)
+        ranks = self.ranks
+        if (
+            part is not None and items < ranks.size
+        ):  # too few for all: every rank computes all of them, and the first counts
+            inputs, targets = ranks.whole(inputs, items), None if targets is None else ranks.whole(targets, items)
+            return _Placed(ActivationBatch(inputs, targets), items, together, ALL_HERE, float(ranks.first))
+        keep = ranks.items(items)
+        here = ActivationBatch(inputs[:keep], None if targets is None else targets[:keep])
+        if ranks.size == 1:
+            return _Placed(here, items, together, ALL_HERE, 1.0)
+        return _Placed(here, items, together, WholeBatch(ranks, items * together, together), keep / items)
 
     def _checked(self, part: object, width: int, start: int, name: str) -> Tensor:
         """`part` on the SAE's device; DataError for what cannot be trained on.
@@ -420,10 +520,10 @@ class Learner:
         joined = part.shape[-2:].numel() if part.dim() > 2 else 0  # attention heads, which the SAE joins
         if part.dim() < 2 or (part.shape[-1] != width and joined != width):
             raise DataError(f"{name}: shape {tuple(part.shape)}, but rows of width {width} are needed")
-        if part.numel() == 0:
+        if part.numel() == 0 and self.ranks.size == 1:
             raise DataError(f"{name}: shape {tuple(part.shape)} holds no activations")
         if part.device.type == "cpu":
-            check_batch(part, start, name)
+            check_batch(part, start + self.ranks.rank, name, self.ranks.size)
             return part.to(self.sae.device, non_blocking=True)
         self._bad_since = self._first_bad(part, start)
         return part.to(self.sae.device).nan_to_num(0.0, 0.0, 0.0)
@@ -431,7 +531,7 @@ class Learner:
     @torch.no_grad()
     def _first_bad(self, part: Tensor, start: int) -> Tensor:
         """The number of the first sample of the first bad batch so far, or -1, on the device."""
-        bad = ~torch.isfinite(part).all()
+        bad = self.ranks.most((~torch.isfinite(part).all()).int().reshape(1))[0] > 0
         since = torch.full((), -1, device=part.device) if self._bad_since is None else self._bad_since
         since = torch.where(bad & (since < 0), start, since)
         self.optimizer.found_inf = (since >= 0).float().to(self.sae.device)  # pyright: ignore[reportAttributeAccessIssue] - read by fused Adam, which then skips the step

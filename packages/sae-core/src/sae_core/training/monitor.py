@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import DataError
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.training.row_blocks import StepResult
 
 __all__ = ["DeadLatents", "Window", "check_batch"]
@@ -42,28 +43,53 @@ class Window:
         self._rows = 0
 
     @torch.no_grad()
-    def add(self, result: StepResult) -> None:
-        """Account for one step. Raises DataError for losses and metrics that are not one number each."""
+    def add(self, result: StepResult, rows: int | None = None, share: float = 1.0) -> None:
+        """Account for one step on `rows`, None for those of `result`, of which this process counts a `share`.
+
+        Raises DataError for losses and metrics that are not one number each.
+        """
         target, residual = result.target, result.reconstruction - result.target
-        self._mean_and_squares[:-1] += target.sum(0)
-        self._mean_and_squares[-1] += target.square().sum()
-        rows = target.shape[0]
-        self._add("residual", residual.square().sum())
-        self._add("l0", result.l0.sum())
-        self._add("loss", result.loss * rows)
-        for name, value in _names(result.losses, result.metrics).items():
-            self._add(name, value.reshape(()) * rows)
+        rows = target.shape[0] if rows is None else rows
         self._rows += rows
+        sums = {"residual": residual.square().sum(), "l0": result.l0.sum(), "loss": result.loss * (rows * share)}
+        for name, value in _names(result.losses, result.metrics).items():
+            sums[name] = value.reshape(()) * (rows * share)
+        if share:
+            self._mean_and_squares[:-1] += target.sum(0)
+            self._mean_and_squares[-1] += target.square().sum()
+        for name, total in sums.items():
+            self._add(name, total if share else torch.zeros_like(total))  # others count these rows
+
+    @torch.no_grad()
+    def settle(self, ranks: Ranks) -> None:
+        """Bring the sums of all ranks together at the first, for a state that does not depend on how many there are."""
+        if ranks.size == 1:
+            return
+        self._together(ranks)
+        if not ranks.first:
+            self.forget()
+
+    def forget(self) -> None:
+        """The sums, but not the rows: another rank has them."""
+        for sums in (self._mean_and_squares, *self._sums.values()):
+            sums.zero_()
+
+    def _together(self, ranks: Ranks) -> list[Tensor]:
+        """All sums, replaced by those over all ranks."""
+        sums = [self._mean_and_squares, *self._sums.values()]
+        ranks.add(sums)
+        return sums
 
     def announce(self, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
         """Expect these names, so that records have the same keys from the first one on."""
         for name in ("residual", "l0", "loss", *_names(losses, metrics)):
             self._names.setdefault(name)
 
-    def flush(self) -> dict[str, float | None]:
+    def flush(self, ranks: Ranks = ALONE) -> dict[str, float | None]:
         """Means over the window, and ``residual``, the squared error of a row; then start anew. Empty without a step."""
         if not self._rows:
             return {}
+        self._together(ranks)
         names = list(self._sums)
         on_host = torch.stack([self._sums[name] for name in names]).tolist()
         *means, squares = self._mean_and_squares.tolist()
@@ -107,13 +133,14 @@ class DeadLatents:
         self.samples_since_fired = torch.zeros(d_sae, dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def add(self, result: StepResult) -> None:
-        """Account for one step of `rows` samples: what fired starts counting again."""
-        self.samples_since_fired += result.target.shape[0]
+    def add(self, result: StepResult, rows: int | None = None) -> None:
+        """Account for one step on `rows` samples, None for those of `result`: what fired starts counting again."""
+        self.samples_since_fired += result.target.shape[0] if rows is None else rows
         self.samples_since_fired.masked_fill_(result.firing_counts > 0, 0)
 
-    def indices(self) -> Tensor | None:
-        """(n_dead,) indices of the dead latents, or None when there are none. Waits for the device."""
+    def indices(self, ranks: Ranks = ALONE) -> Tensor | None:
+        """(n_dead,) indices of the dead latents, or None when there are none. Waits for the device, and for other ranks."""
+        ranks.least(self.samples_since_fired)
         dead = (self.samples_since_fired > self.after).nonzero().squeeze(-1)
         return dead if dead.numel() else None
 
@@ -136,8 +163,11 @@ def _names(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def check_batch(batch: Tensor, first_sample: int, what: str = "batch") -> None:
-    """Raise DataError for NaN or infinite values, saying how many, and at which sample and dimension the first is."""
+def check_batch(batch: Tensor, first_sample: int, what: str = "batch", every: int = 1) -> None:
+    """Raise DataError for NaN or infinite values, saying how many, and at which sample and dimension the first is.
+
+    The rows are every `every`-th sample from `first_sample` on.
+    """
     if bool(torch.isfinite(batch.sum(dtype=torch.float64))):  # one pass; a single bad value makes the sum bad
         return
     finite = torch.isfinite(batch)
@@ -146,6 +176,6 @@ def check_batch(batch: Tensor, first_sample: int, what: str = "batch") -> None:
     row, column = int(rows[0]), int(columns[0])
     raise DataError(
         f"{what}: {int(batch.isnan().sum())} NaN and {int(batch.isinf().sum())} infinite values, the first "
-        f"({float(flat[row, column])}) in sample {first_sample + row}, dimension {column}; "
+        f"({float(flat[row, column])}) in sample {first_sample + row * every}, dimension {column}; "
         "training stopped before this batch was used"
     )

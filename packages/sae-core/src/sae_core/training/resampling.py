@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_core.ops.whole_batch import ALL_HERE, WholeBatch
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE
 from sae_core.training.row_blocks import StepResult
@@ -17,18 +18,28 @@ __all__ = ["forget_moments", "resample"]
 
 
 @torch.no_grad()
-def resample(sae: SAE, latents: Tensor, batch: ActivationBatch, result: StepResult, seed: int) -> None:
-    """Restart `latents` (n,) at rows of `batch`, of which `result` is a step's result; `seed` decides the draw."""
+def resample(
+    sae: SAE,
+    latents: Tensor,
+    batch: ActivationBatch,
+    result: StepResult,
+    seed: int,
+    together: WholeBatch = ALL_HERE,
+) -> None:
+    """Restart `latents` (n,) at rows of `batch`, of which `result` is a step's result; `seed` decides the draw.
+
+    `together` says of which batch these rows are a part; each of its rows may be drawn.
+    """
     loss_R = (result.reconstruction - result.target).float().square().sum(-1)
-    weights_R = loss_R.square().cpu()
+    weights_R = together.all_rows(loss_R).square().cpu()
     if not bool(weights_R.sum() > 0):  # reconstructed perfectly: any row is as good as another
         weights_R = torch.ones_like(weights_R)
     weights_R = weights_R / weights_R.max()
     generator = torch.Generator().manual_seed(seed)
     rows_N = torch.multinomial(weights_R, len(latents), replacement=True, generator=generator).to(sae.device)
     width = batch.inputs.shape[-1] if batch.inputs.shape[-1] == sae.d_in else sae.d_in  # heads side by side
-    chosen = batch.inputs.reshape(-1, width)[rows_N]
-    sae.restart_latents(latents, sae.prepare(chosen), result.target[rows_N])
+    chosen = together.chosen(batch.inputs.reshape(-1, width), rows_N)
+    sae.restart_latents(latents, sae.prepare(chosen), together.chosen(result.target, rows_N))
     sae.after_step()
 
 

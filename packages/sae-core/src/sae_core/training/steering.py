@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_core.config import Schedule, require
 from sae_core.errors import ConfigError
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.sae import SAE
 from sae_core.training.row_blocks import StepResult
 
@@ -90,16 +91,28 @@ class CoefficientSteering:
         return float(getattr(self._sae.config, self._field))
 
     @torch.no_grad()
-    def add(self, result: StepResult) -> None:
-        """Account for one step."""
+    def add(self, result: StepResult, rows: int | None = None, share: float = 1.0) -> None:
+        """Account for one step on `rows`, None for those of `result`, of which this process counts a `share`."""
         l0_R: Tensor = result.l0
-        self._l0 += l0_R.sum()
-        self._rows += l0_R.numel()
+        if share:
+            self._l0 += l0_R.sum()
+        self._rows += l0_R.numel() if rows is None else rows
 
-    def adjust(self) -> None:
+    def settle(self, ranks: Ranks) -> None:
+        """Bring the sums of all ranks together at the first."""
+        ranks.add([self._l0])
+        if not ranks.first:
+            self.forget()
+
+    def forget(self) -> None:
+        """The sum of L0, but not the rows: another rank has it."""
+        self._l0.zero_()
+
+    def adjust(self, ranks: Ranks = ALONE) -> None:
         """Look at L0, which waits for the device, and change the coefficient."""
         if not self._rows:
             return
+        ranks.add([self._l0])
         factor = self.controller.factor(float(self._l0) / self._rows, self._adjustments)
         self._sae.config = dataclasses.replace(self._sae.config, **{self._field: self.coefficient * factor})
         self._l0.zero_()

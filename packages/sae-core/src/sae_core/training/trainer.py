@@ -26,14 +26,17 @@ import torch
 from torch import Tensor
 
 from sae_core.config import require, structure, unstructure
-from sae_core.data.stream import Batch, Stream, rows_of
+from sae_core.data.stream import Batch, Part, Stream, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import ConfigError, DataError, FormatError, UnknownNameError
 from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
+from sae_core.parallel.joining import require_divisible
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.plugins import PluginWarning
 from sae_core.protocols import ActivationSource, HasMetadata, Logger, Resumable, RunFacts
 from sae_core.sae import SAE, create
+from sae_core.training.agreement import check_that_ranks_agree
 from sae_core.training.checkpoint import Checkpoints, read_checkpoint, write_checkpoint
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.facts import (
@@ -100,7 +103,8 @@ class Trainer:
     `callbacks` are called after every step with a `Progress`; `loggers` receive every record, a list for each name where there
     are several SAEs. `checkpoints` is a folder; without one, none are written but by `save`. `held_out` measures on other data
     now and then, and its numbers come into the records. `facts` are what loggers are told, by name; None: the settings of SAE
-    and training.
+    and training. On several `ranks` (`sae_core.parallel.joining.joined`) each process makes the same trainer and calls the same
+    methods; every batch is divided among them, and the first one logs and writes.
 
     >>> batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     >>> saes = {f"k={k}": create("topk", d_in=8, d_sae=16, k=k) for k in (1, 2)}
@@ -120,11 +124,14 @@ class Trainer:
         checkpoints: str | Path | None = None,
         held_out: HeldOut | None = None,
         facts: Mapping[str, RunFacts] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         named = {"": saes} if isinstance(saes, SAE) else dict(saes)
         require(len(named) > 0, "there is no SAE to train")
         configs = {name: config if isinstance(config, TrainConfig) else _of_name(config, name) for name in named}
         self._shared = _shared_settings(configs)
+        require_divisible(self._shared.batch_size, ranks.size)
+        self.ranks = ranks
         wirings = {
             name: Wiring.between(sae, source, _quoted(name)) if isinstance(source, ActivationSource) else None
             for name, sae in named.items()
@@ -136,11 +143,12 @@ class Trainer:
             "loggers: several SAEs are trained, and a logger receives the records of one; give a list for each name",
         )
         self.loggers = {
-            name: list(_of_name(loggers, name) if isinstance(loggers, Mapping) else loggers) for name in named
+            name: list(_of_name(loggers, name) if isinstance(loggers, Mapping) else loggers) if ranks.first else []
+            for name in named
         }
         self._run_facts = facts
         self._told = False
-        self.learners = {name: Learner(sae, configs[name], wirings[name]) for name, sae in named.items()}
+        self.learners = {name: Learner(sae, configs[name], wirings[name], ranks) for name, sae in named.items()}
         self.dropped: dict[str, str] = {}
         self._initial = {
             name: {"architecture": named_architecture(sae), **unstructure(sae.config)} for name, sae in named.items()
@@ -155,6 +163,8 @@ class Trainer:
         self._stream: Stream | None = None
         self._ended = False
         self._stop = False
+        self._asked_to_stop = False
+        self._agreed = False
 
     # One dictionary.
 
@@ -199,7 +209,7 @@ class Trainer:
     def stream(self) -> Stream:
         """The row of batches, opened when it is first needed."""
         if self._stream is None:
-            self._stream = Stream(self.source, self._shared.batch_size)
+            self._stream = Stream(self.source, self._shared.batch_size, self.ranks)
         return self._stream
 
     @property
@@ -251,13 +261,15 @@ class Trainer:
         if not self._active():
             raise ConfigError(f"there is nothing left to train: {self.samples} samples are done; raise total_samples")
         started = time.perf_counter()
-        self._stop = False
+        self._stop = self._asked_to_stop = False
         try:
             with large_memory_is_kept(), self._progress_bar() as bar:
+                self.agree()
                 self._start_loggers()
                 self._initialise(bar)
                 self._check_that_they_can_be_saved()
-                self._loop(bar)
+                with self.ranks.in_step():
+                    self._loop(bar)
             if not self._stop:  # a run that goes on later has no record here
                 for name in self.learners:
                     self._flush(name)
@@ -284,9 +296,21 @@ class Trainer:
             with self._forgiving(name, logger):
                 logger.log(record)
 
+    def agree(self) -> None:
+        """Raise ConfigError, on several ranks, where one of them would not train the same as the first; `fit` does so, too."""
+        if not self._agreed:
+            facts = {**self._facts(), "train": self._of_each(lambda each: unstructure(each.config))}
+            check_that_ranks_agree(self.ranks, facts, self._initial, [each.sae for each in self.learners.values()])
+        self._agreed = True
+
     def stop(self) -> None:
-        """Have `fit` end after the step that is running; may be called from a callback or a signal handler."""
-        self._stop = True
+        """Have `fit` end after the step that is running; may be called from a callback or a signal handler.
+
+        On several ranks it is enough when one of them is asked.
+        """
+        self._asked_to_stop = True
+        if self.ranks.size == 1:
+            self._stop = True
 
     def step(self, batch: Batch) -> StepResult:
         """One optimiser step of the only SAE on one batch, in train mode, cut to what is left of `total_samples`."""
@@ -300,20 +324,26 @@ class Trainer:
     def save(self, folder: str | Path) -> Path:
         """Write the whole state as the folder `folder`, from which `resume` goes on with the same bits.
 
-        Where the source's iterator cannot be saved, its place is left out, and `resume` refuses unless forced.
+        Where the source's iterator cannot be saved, its place is left out, and `resume` refuses unless forced. Of several ranks
+        the first one writes, and the state does not depend on how many there are.
         """
-        return write_checkpoint(Path(folder), self.state_dict())
+        state = self.state_dict()
+        return write_checkpoint(Path(folder), state) if self.ranks.first else Path(folder)
 
     def checkpoint(self) -> Path:
         """Write one more checkpoint into the folder for checkpoints. Raises ConfigError when there is none."""
         if self._checkpoints is None:
             raise ConfigError("no folder for checkpoints: Trainer(..., checkpoints=...)")
-        path = self._checkpoints.save(self.samples, self.state_dict())
+        with self.ranks.in_step(False):
+            state = self.state_dict()
+            path = self._checkpoints.save(self.samples, state) if self.ranks.first else self._checkpoints.folder
         self._saved_at = (self.samples, time.monotonic())
         return path
 
     def state_dict(self) -> dict[str, Any]:
         """All learners, the stream's place, resumable loggers, and the facts that must be the same when training goes on."""
+        for learner in self.learners.values():
+            learner.settle()
         loggers = {
             name: [
                 {"class": type(logger).__qualname__, "state": logger.state_dict()}
@@ -346,14 +376,15 @@ class Trainer:
         device: str | torch.device = "cpu",
         architecture: str | None = None,
         force: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Trainer:
         """A trainer that goes on where the checkpoint `folder` was written, or the newest whole one inside it.
 
         In the second case further checkpoints go there too. `source` must be what it was, opened anew. `config` None is the
         saved one; a new one may differ in `MAY_CHANGE`. Loggers that can be resumed continue where theirs stood.
-        `architecture` is what provides those dictionaries now whose package has another name. Raises
-        ConfigError that names every difference that would change the numbers, unless `force`; FormatError for damaged
-        checkpoints.
+        `architecture` is what provides those dictionaries now whose package has another name. There may be other `ranks` than
+        there were. Raises ConfigError that names every difference that would change the numbers, unless `force`; FormatError
+        for damaged checkpoints.
         """
         folder = Path(folder)
         if (folder / "checkpoint.json").exists():
@@ -379,7 +410,9 @@ class Trainer:
                 "Trainer.resume(..., architecture='distribution:name')"
             ) from None
         one = saes[""] if list(saes) == [""] else saes
-        trainer = cls(one, source, config or saved, callbacks, loggers, checkpoints=checkpoints, held_out=held_out)
+        trainer = cls(
+            one, source, config or saved, callbacks, loggers, checkpoints=checkpoints, held_out=held_out, ranks=ranks
+        )
         trainer.load_state_dict(state, force=force)
         return trainer
 
@@ -440,7 +473,7 @@ class Trainer:
         most = max(each.config.init_samples for each in waiting)
         width = sum(self.source.sites.values()) if isinstance(self.source, ActivationSource) else waiting[0].sae.d_in
 
-        def enough(batches: Sequence[Batch]) -> bool:
+        def enough(batches: Sequence[Batch | Part]) -> bool:
             rows = sum(rows_of(batch, width) for batch in batches)
             if self._stop:
                 return True
@@ -468,6 +501,7 @@ class Trainer:
             if batch is None:
                 return
             before = self.samples
+            due = self._is_asked_for()
             try:
                 for name in active:
                     self._step(name, batch)
@@ -475,12 +509,12 @@ class Trainer:
                 if self.samples == before:
                     self.stream.put_back(batch)
                 raise
-            if self._checkpoint_is_due():
+            if self._samples_are_due() or (due and self.steps):
                 self.checkpoint()
             bar.update(self.samples - before)
             self._show(bar)
 
-    def _step(self, name: str, batch: Batch) -> StepResult:
+    def _step(self, name: str, batch: Batch | Part) -> StepResult:
         learner = self.learners[name]
         self._start_loggers()
         result = learner.step(batch)
@@ -502,7 +536,10 @@ class Trainer:
             return None
         if record is not None:
             if self._held_out is not None:
-                self._held_out(self.learners[name], record)
+                with self.ranks.in_step(False):
+                    if self.ranks.first:
+                        self._held_out(self.learners[name], record)
+                    record.update(self.ranks.told(record))
             self.log(record, name)
         return record
 
@@ -541,17 +578,26 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _checkpoint_is_due(self) -> bool:
-        if self._checkpoints is None:
-            return False
-        samples, clock = self._saved_at
-        every, minutes = self._shared.checkpoint_every_samples, self._shared.checkpoint_every_minutes
-        if minutes is not None and time.monotonic() - clock >= 60 * minutes:
-            return True
-        if every is None:
+    def _is_asked_for(self) -> bool:
+        """Whether the clock asks for a checkpoint; and what one rank was asked, to stop, counts for all."""
+        minutes = self._shared.checkpoint_every_minutes
+        due = (
+            self._checkpoints is not None
+            and minutes is not None
+            and time.monotonic() - self._saved_at[1] >= 60 * minutes
+        )
+        if self.ranks.size == 1:
+            return due
+        asked = torch.tensor([self._asked_to_stop, due and self.ranks.first], dtype=torch.int32)
+        self._stop, due = map(bool, self.ranks.most(asked).tolist())
+        return due
+
+    def _samples_are_due(self) -> bool:
+        every = self._shared.checkpoint_every_samples
+        if self._checkpoints is None or every is None:
             return False
         size = max(samples_of(every, self._shared.total_samples), 1)
-        return self.samples // size > samples // size
+        return self.samples // size > self._saved_at[0] // size
 
     def _end(self) -> None:
         self._ended = not self._stop
@@ -581,7 +627,7 @@ class Trainer:
             initial=self.samples,
             unit="sample",
             unit_scale=True,
-            disable=not self._shared.progress_bar,
+            disable=not (self._shared.progress_bar and self.ranks.first),
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
         )

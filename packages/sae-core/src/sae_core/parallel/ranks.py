@@ -1,0 +1,220 @@
+"""`Ranks`: the processes that train one dictionary together, and everything that they say to each other.
+
+Every batch is divided: rank r of n trains on its rows r, r + n, r + 2n, and so on, so that a batch which is cut short stays
+balanced. Each process holds the whole dictionary, and what depends on data is added up over the processes before it is used,
+so that all of them take the same step. Collectives are those of `torch.distributed`, on NCCL for CUDA tensors and on gloo for
+others. One process alone is `ALONE`, for which everything here gives back what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final
+
+import torch
+from torch import Tensor
+
+from sae_core.errors import SaeCoreError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from sae_core.parallel.watch import Watch
+
+__all__ = ["ALONE", "RankError", "Ranks"]
+
+T = TypeVar("T")
+_COALESCED = 2**20  # elements; smaller tensors travel together
+
+
+class RankError(SaeCoreError):
+    """Another process of the run failed, or does not answer."""
+
+
+@final
+class Ranks:
+    """The processes of `group`, of which this one is number `rank` of `size`; without a group, this process alone.
+
+    Every method is a collective: all ranks call it, in the same order. It raises RankError, which names the rank, when one of
+    them has gone.
+
+    >>> ALONE.rank, ALONE.size, ALONE.first
+    (0, 1, True)
+    >>> ALONE.whole(torch.tensor([[1.0], [2.0]]), items=2).tolist()
+    [[1.0], [2.0]]
+    """
+
+    def __init__(self, group: ProcessGroup | None = None, watch: Watch | None = None) -> None:
+        self._group, self._watch = group, watch
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    # Division of batches.
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This rank's items (dimension 0) of a whole batch."""
+        return whole if self.size == 1 else whole[self.rank :: self.size].contiguous()
+
+    def items(self, total: int) -> int:
+        """How many of `total` items are this rank's."""
+        return len(range(self.rank, total, self.size))
+
+    def whole(self, part: Tensor, items: int) -> Tensor:
+        """The whole batch of so many items, from every rank's part of it."""
+        if self.size == 1:
+            return part[:items]
+        most = -(-items // self.size)
+        padded = part.new_zeros(most, *part.shape[1:])
+        padded[: len(part)] = part[:most]
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        self._gather(found, padded)
+        return torch.stack(found, 1).flatten(0, 1)[:items]
+
+    # Numbers.
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace every tensor by its sum over the ranks."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            self._reduce(list(tensors), dist.ReduceOp.SUM)
+
+    def least(self, tensor: Tensor) -> Tensor:
+        """`tensor`, replaced by its smallest values over the ranks."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            self._reduce([tensor], dist.ReduceOp.MIN)
+        return tensor
+
+    def most(self, tensor: Tensor) -> Tensor:
+        """`tensor`, replaced by its largest values over the ranks."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            self._reduce([tensor], dist.ReduceOp.MAX)
+        return tensor
+
+    def everywhere(self, holds: Tensor) -> bool:
+        """Whether a condition, a tensor of one truth value, holds on every rank. Waits for the device."""
+        return bool(holds) if self.size == 1 else bool(self.least(holds.reshape(1).int()))
+
+    def concatenated(self, values: Tensor) -> Tensor:
+        """The values (n,) of all ranks, of which each may have another number."""
+        if self.size == 1:
+            return values
+        counts = torch.zeros(self.size, dtype=torch.long, device=values.device)
+        counts[self.rank] = len(values)
+        self.add([counts])
+        lengths = cast("list[int]", counts.tolist())
+        padded = values.new_zeros(max(lengths))
+        padded[: len(values)] = values
+        found = [torch.empty_like(padded) for _ in lengths]
+        self._gather(found, padded)
+        return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)])
+
+    # Objects.
+
+    def told(self, value: T) -> T:
+        """The first rank's value."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        with self._waiting():
+            dist.broadcast_object_list(values, group=self._group, group_src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def everyone(self, value: T) -> list[T]:
+        """Every rank's value."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with self._waiting(), torch.device("cpu"):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sent(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by the first rank's."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with self._waiting():
+            for tensor in tensors:
+                dist.broadcast(tensor, group=self._group, group_src=0)
+
+    # How long others are waited for.
+
+    @contextmanager
+    def in_step(self, ongoing: bool = True) -> Generator[None]:
+        """Within the block a rank that stays behind is named; with False, everybody may take long."""
+        watch = self._watch
+        if watch is None:
+            yield
+            return
+        before, watch.expected = watch.expected, ongoing
+        try:
+            yield
+        finally:
+            watch.expected = before
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a rank that does not come is waited for in a training step."""
+        if self._watch is not None:
+            self._watch.timeout = seconds
+
+    @contextmanager
+    def _waiting(self) -> Generator[None]:
+        """A peer that is lost is one clear error."""
+        watch = self._watch
+        if watch is not None:
+            watch.enter()
+        try:
+            yield
+        except RuntimeError as error:
+            if watch is None:
+                raise RankError(f"rank {self.rank}: another rank of the run has gone: {error}") from None
+            raise RankError(watch.verdict(str(error))) from None
+        finally:
+            if watch is not None:
+                watch.leave()
+
+    def _gather(self, into: list[Tensor], part: Tensor) -> None:
+        import torch.distributed as dist
+
+        as_bytes = [each.view(torch.uint8) if each.dim() else each for each in (*into, part)]
+        with self._waiting():
+            dist.all_gather(as_bytes[:-1], as_bytes[-1], group=self._group)
+
+    def _reduce(self, tensors: Sequence[Tensor], how: Any) -> None:
+        import torch.distributed as dist
+
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        sent: list[tuple[Tensor, list[Tensor]]] = []
+        for tensor in tensors:
+            if tensor.numel() < _COALESCED or not tensor.is_contiguous():
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            else:
+                sent.append((tensor, []))
+        sent += [(torch.cat([each.reshape(-1) for each in some]), some) for some in small.values()]
+        with self._waiting():
+            for work in [dist.all_reduce(tensor, how, group=self._group, async_op=True) for tensor, _ in sent]:
+                work.wait()
+        for joined, some in sent:
+            sizes = [each.numel() for each in some]
+            for each, values in zip(some, joined.reshape(-1).split(sizes) if some else (), strict=True):
+                each.copy_(values.view_as(each))
+
+
+ALONE = Ranks()
+"""One process."""

@@ -1,0 +1,231 @@
+"""Cases of training on several processes; as a program, one of four processes that run all of them, on four ranks and on two.
+
+The tests run the same cases in one process and compare.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sae_core import TrainConfig, Trainer, create
+from sae_core.codes import SparseCodes
+from sae_core.data.tensor_files import TensorFiles, TensorFilesConfig
+from sae_core.errors import SaeCoreError
+from sae_core.ops.batch_topk import BatchTopK
+from sae_core.ops.product import EncoderProduct
+from sae_core.ops.screened import Screened
+from sae_core.ops.whole_batch import WholeBatch, divided
+from sae_core.parallel.ranks import Ranks
+from sae_core.protocols import ActivationBatch
+
+D, F, ROWS, BATCH = 12, 48, 700, 64  # batches of 64, at the end of a pass 60, at the end of training 2
+TOTAL = 20 * BATCH + 2
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "topk": {"k": 3},
+    "batchtopk": {"k": 3, "normalize_activations": "expected_average_only_in"},
+    "matryoshka_batchtopk": {"k": 3, "matryoshka_widths": [12, 48], "use_matryoshka_aux_loss": True},
+    "standard": {"l1_coefficient": 0.05, "lp_norm": 0.7, "lp_norm_keeps_scale": True},
+    "jumprelu": {"l0_coefficient": 0.05, "normalize_activations": "covariance_whitening"},
+    "gated": {"l1_coefficient": 0.05},
+    "cross_layer_transcoder": {
+        "activation": "batchtopk",
+        "k": 3,
+        "reads": {"a": 6, "b": 6},
+        "writes": {"a": 6, "b": 6},
+    },
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "jumprelu": {"target_l0": 4.0, "gradient_accumulation_steps": 3},
+    "standard": {"resample_dead_every_samples": 400},
+}
+
+
+def rows(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sparse = torch.rand(ROWS, 2 * D, generator=generator) * (torch.rand(ROWS, 2 * D, generator=generator) < 0.2)
+    return sparse @ torch.randn(2 * D, D, generator=generator) + 0.5
+
+
+def source(folder: Path, seed: int = 0, **fields: Any) -> TensorFiles:
+    path = folder / f"rows-{seed}.npy"
+    if not path.exists():  # every process writes the same
+        beside = folder / f"rows-{seed}-{os.getpid()}.npy"
+        np.save(beside, rows(seed).numpy())
+        beside.rename(path)
+    return TensorFiles(TensorFilesConfig(paths=[path], epochs=4, **fields))
+
+
+def trainer(architecture: str, data: Any, ranks: Ranks, **changes: Any) -> Trainer:
+    fields: dict[str, Any] = {
+        "total_samples": TOTAL, "batch_size": BATCH, "lr": 3e-3, "log_every_steps": 4, "init_samples": 150,
+        "dead_after_samples": 100, "dead_refresh_steps": 3, "progress_bar": False, **SETTINGS.get(architecture, {}), **changes,
+    }  # fmt: skip
+    made = dict(ARCHITECTURES[architecture])
+    if architecture == "cross_layer_transcoder":
+        data = [torch.cat([batch, batch], 1)[:, :D] for batch in data.batches(BATCH)]
+        pairs = [ActivationBatch(batch, batch.flip(1)) for batch in data]
+        return Trainer(
+            create(architecture, d_in=D, d_sae=F, d_out=D, **made), pairs, TrainConfig(**fields), ranks=ranks
+        )
+    return Trainer(create(architecture, d_in=D, d_sae=F, **made), data, TrainConfig(**fields), ranks=ranks)
+
+
+def outcome(done: Trainer) -> dict[str, Any]:
+    density = done.learner.firing_density()
+    assert density is not None
+    return {
+        "history": done.history,
+        "weights": {name: tensor.clone() for name, tensor in done.sae.state_dict().items()},
+        "density": density,
+        "silent": done.learner.dead.samples_since_fired.clone(),
+    }
+
+
+def trained(architecture: str) -> Callable[[Ranks, Path], Any]:
+    def case(ranks: Ranks, folder: Path) -> Any:
+        made = trainer(architecture, source(folder), ranks)
+        made.fit()
+        return outcome(made)
+
+    return case
+
+
+def unread_parts(ranks: Ranks, folder: Path) -> Any:
+    """A source that every rank reads whole."""
+    made = trainer("topk", list(source(folder).batches(BATCH)), ranks)
+    made.fit()
+    return outcome(made)
+
+
+def ties(ranks: Ranks, folder: Path) -> Any:
+    """BatchTopK of many shapes, with equal values, rows without any and k that leaves nothing."""
+    found: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(1)
+    for number in range(24):
+        count, width = (int(torch.randint(4, 40, (1,), generator=generator)) for _ in range(2))
+        x = torch.randn(count, 5, generator=generator)
+        W = torch.randn(width, 5, generator=generator)
+        if number % 3 == 0:  # many ties
+            x, W = x.round(), W.round()
+        if number % 4 == 0:
+            x[: len(x) // 2] *= 0
+        k = float([0.01, 0.5, 1.7, 4, 30][number % 5])
+        scale = torch.rand(width, generator=generator) if number % 2 else None
+        with divided(WholeBatch(ranks, len(x))):
+            here = ranks.part(x)
+            products = {"full": EncoderProduct(here, W, torch.zeros(width))}
+            rule = BatchTopK(min(k, width), scale)
+            for name, product in products.items():
+                found[f"{number} {name}"] = ranks.whole(rule(product).to_dense(), len(x))
+            screened = rule.screen(Screened(here, W, torch.zeros(width), scale=scale))
+            found[f"{number} screened"] = ranks.whole(screened.to_dense(), len(x))
+            dense = here @ W.t()
+            row, latent = (dense > 0.3).nonzero(as_tuple=True)
+            codes = SparseCodes.of_rows(dense[row, latent], row, latent, width, (len(here),))
+            found[f"{number} among"] = ranks.whole(rule.among(codes).to_dense(), len(x))
+    return found
+
+
+def kth_largest(ranks: Ranks, folder: Path) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    found: list[float] = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        values = torch.randn(203, generator=generator).to(dtype)
+        values[::7] = values[0].abs()
+        for k in (0, 1, 5, 60, 203):
+            found.append(float(WholeBatch(ranks, 203).kth_largest(ranks.part(values), k)))
+    return found
+
+
+def stopped_and_resumed(ranks: Ranks, folder: Path) -> Any:
+    """A run with checkpoints, and one that goes on from the first of them with the same ranks."""
+    data = source(folder)
+    whole = trainer("jumprelu", data, ranks)
+    whole.callbacks.append(lambda progress: progress.trainer.save(folder / "5") and None if whole.steps == 5 else None)
+    whole.fit()
+    again = Trainer.resume(ranks.told(folder) / "5", data, ranks=ranks)
+    again.fit()
+    return {"whole": outcome(whole), "again": outcome(again)}
+
+
+def goes_on(from_size: int) -> Callable[[Ranks, Path], Any]:
+    """A run that goes on from what a run with so many ranks has saved."""
+
+    def case(ranks: Ranks, folder: Path) -> Any:
+        made = Trainer.resume(
+            folder.parent / f"stopped_and_resumed-{from_size}" / "5", source(folder), ranks=ranks, force=True
+        )
+        made.fit()
+        return outcome(made)
+
+    return case
+
+
+def refused(change: Callable[[int, dict[str, Any]], None]) -> Callable[[Ranks, Path], Any]:
+    def case(ranks: Ranks, folder: Path) -> Any:
+        fields: dict[str, Any] = {}
+        change(ranks.rank, fields)
+        seed = fields.pop("data", 0)
+        data: Any = list(source(folder, seed).batches(BATCH)) if fields.pop("listed", False) else source(folder, seed)
+        made = trainer("topk", data, ranks, **fields)
+        try:
+            made.fit()
+        except SaeCoreError as error:
+            return f"{made.steps} {error}"
+        return "trained"
+
+    return case
+
+
+CASES: dict[str, Callable[[Ranks, Path], Any]] = {
+    **{f"trained {name}": trained(name) for name in ARCHITECTURES},
+    "unread_parts": unread_parts,
+    "ties": ties,
+    "kth_largest": kth_largest,
+    "stopped_and_resumed": stopped_and_resumed,
+    "from 1": goes_on(1),
+    "from 2": goes_on(2),
+    "other lr": refused(lambda rank, fields: fields.update({"lr": 0.1} if rank == 1 else {})),
+    "other data": refused(lambda rank, fields: fields.update({"data": 1} if rank == 1 else {})),
+    "other lists": refused(lambda rank, fields: fields.update({"listed": True, "data": int(rank == 1)})),
+}
+
+
+def run_case(name: str, ranks: Ranks, folder: Path) -> Any:
+    place = folder / f"{name}-{ranks.size}"
+    place.mkdir(exist_ok=True)
+    return CASES[name](ranks, place)
+
+
+def main() -> None:
+    from sae_core.parallel.joining import joined
+
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    with joined() as everybody:
+        import torch.distributed as dist
+
+        pair = dist.new_group([0, 1])
+        found: dict[str, Any] = {}
+        for ranks in (Ranks(pair) if everybody.rank < 2 else None, everybody):
+            for name in CASES if ranks is not None else ():
+                assert ranks is not None
+                if ranks.size == 2 and name == "from 2":
+                    continue
+                found[f"{name} {ranks.size}"] = run_case(name, ranks, folder)
+            everybody.everyone(None)
+        if everybody.rank < 2:
+            torch.save(found, folder / f"found-{everybody.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Two and four processes train what one trains: same records, same weights, same selections, whatever is asked of the batch.
+
+All cases of `ranks_process` run in one group of four real processes, and here in one.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_core.parallel.ranks import ALONE
+
+PROGRAM = Path(__file__).with_name("ranks_process.py")
+_cases = runpy.run_path(str(PROGRAM))
+ARCHITECTURES, CASES, run_case = _cases["ARCHITECTURES"], _cases["CASES"], _cases["run_case"]
+SIZES = (2, 4)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def started(arguments: list[str], size: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """So many processes that find each other."""
+    shared = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "", **environment,
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the first two of four processes found, after one process left its checkpoint."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(("from", "other"))}
+    processes = started([sys.executable, str(PROGRAM), str(folder)], 4)
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, said
+    both = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+    return [{**each, **alone} for each in both]
+
+
+def close(a: Any, b: Any, tolerance: float) -> None:
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            close(a[key], b[key], tolerance)
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            close(one, other, tolerance)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    else:
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", [*(f"trained {name}" for name in ARCHITECTURES), "unread_parts"])
+def test_several_processes_train_what_one_trains(found: list[dict[str, Any]], case: str, size: int) -> None:
+    assert len(found[0][f"{case} 1"]["history"]) == 6
+    close(found[0][f"{case} {size}"], found[0][f"{case} 1"], 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", [f"trained {name}" for name in ARCHITECTURES])
+def test_every_process_ends_with_the_same_bits(found: list[dict[str, Any]], case: str, size: int) -> None:
+    close(found[0][f"{case} {size}"], found[1][f"{case} {size}"], 0.0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_selection_over_the_batch_is_that_of_all_processes_with_ties(found: list[dict[str, Any]], size: int) -> None:
+    close(found[0][f"ties {size}"], found[0]["ties 1"], 0.0)
+    assert any(bool(each.any()) for each in found[0]["ties 1"].values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kth_largest_of_all_processes_is_found_without_sending_the_numbers(
+    found: list[dict[str, Any]], size: int
+) -> None:
+    assert found[1][f"kth_largest {size}"] == found[0]["kth_largest 1"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_that_goes_on_with_as_many_processes_has_the_same_bits(found: list[dict[str, Any]], size: int) -> None:
+    for each in found:
+        close(each[f"stopped_and_resumed {size}"]["again"], each[f"stopped_and_resumed {size}"]["whole"], 0.0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 4), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(found: list[dict[str, Any]], before: int, after: int) -> None:
+    close(found[0][f"from {before} {after}"], found[0]["stopped_and_resumed 1"]["whole"], 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("other lr", "train.lr"), ("other data", "source"), ("other lists", "reads other data than rank 0")],
+)
+def test_a_process_with_something_else_ends_all_before_the_first_step(
+    found: list[dict[str, Any]], size: int, case: str, message: str
+) -> None:
+    for each in found:
+        said = each[f"{case} {size}"]
+        assert said.startswith("0 ")
+        assert "rank 1" in said
+        assert message in said
