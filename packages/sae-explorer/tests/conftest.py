@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,31 @@ def new_page(chromium: Any) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert troubles == []
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Serves dictionaries from a thread of this process and gives the address."""
+    import uvicorn
+    from sae_explorer import open_studied
+    from sae_explorer.playing import Model
+    from sae_explorer.server import application
+
+    running: list[tuple[Any, threading.Thread]] = []
+
+    def start(*paths: Path) -> str:
+        opened = open_studied([str(path) for path in paths], device="cpu")
+        assert opened.source is not None
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        app: Any = application(opened.studied, Model(opened.source, opened.studied), token="token", port=port)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((server, thread))
+        return f"http://127.0.0.1:{port}/token/"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(20)

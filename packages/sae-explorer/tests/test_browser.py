@@ -6,46 +6,17 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sae_explorer import open_studied
 from sae_explorer.playing import Model
-from sae_explorer.server import application
 
 HOSTILE = "<img src=x onerror=document.title='hacked'> שלום\u202e 👩‍👩‍👧 \u200b'; DROP TABLE labels"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """Serves dictionaries from a thread of this process and gives the address."""
-    import uvicorn
-
-    running: list[tuple[Any, threading.Thread]] = []
-
-    def start(*paths: Path) -> str:
-        opened = open_studied([str(path) for path in paths], device="cpu")
-        assert opened.source is not None
-        listening = socket.create_server(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-        app: Any = application(opened.studied, Model(opened.source, opened.studied), token="token", port=port)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        running.append((server, thread))
-        return f"http://127.0.0.1:{port}/token/"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(20)
 
 
 def test_a_latent_is_found_labelled_and_steered(

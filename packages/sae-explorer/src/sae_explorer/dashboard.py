@@ -20,9 +20,21 @@ from sae_core.durable import sync_folder, umask, unique_folder
 from sae_explorer.index import COLUMNS, Query, search
 from sae_explorer.reading import Studied
 
-__all__ = ["MOST_IN_ONE_FILE", "page_file", "parse_latents", "require_room", "write_dashboard"]
+__all__ = [
+    "MOST_IN_ONE_FILE",
+    "PAGE_FILES",
+    "linked_page",
+    "page_file",
+    "parse_latents",
+    "require_room",
+    "write_dashboard",
+]
 
 MOST_IN_ONE_FILE = 500
+SCRIPTS = ("dom.js", "data.js", "list.js", "latent.js", "live.js", "start.js")
+"""The page's scripts in the order in which they are loaded; what one declares the next ones see."""
+_STYLE = "app.css"
+PAGE_FILES = (*SCRIPTS, _STYLE)
 _BLOCK = 32
 
 
@@ -83,7 +95,8 @@ def write_dashboard(
         blocks = _blocks(studied, chosen, progress)
         if one_file:
             scripts += [f"receive({number}, {content})" for number, content in blocks]
-            page.write_text(_page(f"<style>{page_file('app.css')}</style>", [page_file("app.js"), *scripts]), "utf-8")
+            own = "\n".join(page_file(name) for name in SCRIPTS)
+            page.write_text(_whole_page(f"<style>{page_file(_STYLE)}</style>", [own, *scripts]), "utf-8")
             page.chmod(0o666 & ~umask())
             page.replace(out)
             shutil.rmtree(folder)
@@ -92,11 +105,9 @@ def write_dashboard(
         for number, content in blocks:
             (folder / "data" / f"{number}.js").write_text(f"receive({number}, {content})", "utf-8")
         (folder / "data" / "index.js").write_text(scripts[0], "utf-8")
-        for name in ("app.js", "app.css"):
+        for name in PAGE_FILES:
             (folder / name).write_text(page_file(name), "utf-8")
-        page.write_text(
-            _page('<link rel="stylesheet" href="app.css">', ["app.js", "data/index.js"], linked=True), "utf-8"
-        )
+        page.write_text(linked_page("", [*SCRIPTS, "data/index.js"]), "utf-8")
         sync_folder(folder)
         folder.rename(out)
     except BaseException:
@@ -105,9 +116,19 @@ def write_dashboard(
     return out / "index.html"
 
 
-def _page(style: str, scripts: Sequence[str], *, linked: bool = False) -> str:
-    tags = [f'<script src="{text}"></script>' if linked else f"<script>{text}</script>" for text in scripts]
-    return page_file("app.html").replace("<!--STYLE-->", style).replace("<!--SCRIPTS-->", "\n".join(tags))
+def _whole_page(head: str, scripts: Sequence[str]) -> str:
+    """The page with its scripts in it; `head` has the style."""
+    return _filled(head, [f"<script>{text}</script>" for text in scripts])
+
+
+def linked_page(head: str, scripts: Sequence[str] = SCRIPTS) -> str:
+    """The page that loads its style and scripts from beside it."""
+    style = f'<link rel="stylesheet" href="{_STYLE}">'
+    return _filled(head + style, [f'<script src="{name}"></script>' for name in scripts])
+
+
+def _filled(head: str, tags: Sequence[str]) -> str:
+    return page_file("app.html").replace("<!--STYLE-->", head).replace("<!--SCRIPTS-->", "\n".join(tags))
 
 
 def _index(studied: Studied, chosen: Sequence[int]) -> dict[str, Any]:

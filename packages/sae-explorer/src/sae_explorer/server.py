@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from sae_explorer.comparison import compared
-from sae_explorer.dashboard import page_file
+from sae_explorer.dashboard import PAGE_FILES, linked_page, page_file
 from sae_explorer.index import Query, fires_on, search
 from sae_explorer.playing import Change, Model, counted
 from sae_explorer.reading import Studied
@@ -184,15 +184,12 @@ def application(
     explorer = _Explorer(studied, model)
 
     async def page(request: Request) -> Response:
-        head = '<meta name="explorer" content="live"><link rel="stylesheet" href="app.css">'
-        text = page_file("app.html").replace("<!--STYLE-->", head)
-        return HTMLResponse(text.replace("<!--SCRIPTS-->", '<script src="app.js"></script>'), headers=_HEADERS)
+        return HTMLResponse(linked_page('<meta name="explorer" content="live">'), headers=_HEADERS)
 
-    async def script(request: Request) -> Response:
-        return Response(page_file("app.js"), media_type="text/javascript", headers=_HEADERS)
-
-    async def style(request: Request) -> Response:
-        return Response(page_file("app.css"), media_type="text/css", headers=_HEADERS)
+    async def file(request: Request) -> Response:
+        name = request.url.path.rpartition("/")[2]
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        return Response(page_file(name), media_type=kind, headers=_HEADERS)
 
     async def failed(request: Request, error: Exception) -> Response:
         known = isinstance(error, SaeCoreError)
@@ -202,7 +199,7 @@ def application(
 
     base = f"/{token}"
     routes = [
-        Route(f"{base}/", page), Route(f"{base}/app.js", script), Route(f"{base}/app.css", style),
+        Route(f"{base}/", page), *(Route(f"{base}/{name}", file) for name in PAGE_FILES),
         Route(f"{base}/api/dictionaries", _safe(explorer.dictionaries, failed)),
         Route(f"{base}/api/latents", _safe(explorer.latents, failed)),
         Route(f"{base}/api/latent", _safe(explorer.latent, failed)),
