@@ -123,17 +123,20 @@ def new_page(chromium: Any) -> Iterator[Callable[..., Any]]:
     assert troubles == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Iterator[Callable[..., str]]:
-    """Serves dictionaries from a thread of this process and gives the address."""
+    """Serves dictionaries from a thread of this process and gives the address; the same ones are opened once."""
     import uvicorn
     from sae_explorer import open_studied
     from sae_explorer.playing import Model
     from sae_explorer.server import application
 
     running: list[tuple[Any, threading.Thread]] = []
+    addresses: dict[tuple[Path, ...], str] = {}
 
     def start(*paths: Path) -> str:
+        if paths in addresses:
+            return addresses[paths]
         opened = open_studied([str(path) for path in paths], device="cpu")
         assert opened.source is not None
         listening = socket.create_server(("127.0.0.1", 0))
@@ -143,7 +146,8 @@ def serve() -> Iterator[Callable[..., str]]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         running.append((server, thread))
-        return f"http://127.0.0.1:{port}/token/"
+        addresses[paths] = f"http://127.0.0.1:{port}/token/"
+        return addresses[paths]
 
     yield start
     for server, thread in running:

@@ -15,6 +15,7 @@ from sae_core.errors import ConfigError
 from sae_explorer import Studied, open_studied, write_dashboard
 from sae_explorer.dashboard import parse_latents
 from sae_explorer.directions import logit_histograms, nearest, site_norms, unit_directions
+from sae_explorer.index import INDEX_FILE
 from sae_lm.lens import Lens
 from sae_lm.studies import StudyFolder
 
@@ -123,6 +124,22 @@ def test_the_command_studies_what_was_not_studied(
     assert "exists; name another" in capsys.readouterr().err
     assert main(["dashboard", str(world / "nowhere"), str(tmp_path / "b")]) == 1
     assert "it is not RELEASE:ID" in capsys.readouterr().err
+
+
+def test_a_token_of_a_megabyte_is_shortened_wherever_it_is_shown(copied: Path, tmp_path: Path) -> None:
+    path = copied / "study" / "tokens.json"
+    tokens = json.loads(path.read_text(encoding="utf-8"))
+    long = next(number for number, text in tokens.items() if len(text) > 1000)
+    path.write_text(json.dumps({**tokens, long: "L" * 1_000_000}), encoding="utf-8")
+    (copied / "study" / INDEX_FILE).unlink(missing_ok=True)
+    studied = open_studied([str(copied)], device="cpu", with_model=False).studied[str(copied)]
+    page = write_dashboard(studied, tmp_path / "out")
+    sizes = [path.stat().st_size for path in page.parent.rglob("*.js")]
+    assert any(
+        "L" * 200 + "\\u2026" in path.read_text(encoding="utf-8") for path in (page.parent / "data").glob("*.js")
+    )
+    assert max(sizes) < 1_000_000
+    assert studied.index.stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,11 @@ def shoot() -> Callable[[Any, str], None]:
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 def test_every_view_fits_and_stays_where_it_is(
-    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any], shoot: Any, width: int, dark: bool
+    serve: Callable[..., str], world: Path, new_page: Callable[..., Any], shoot: Any, width: int, dark: bool
 ) -> None:
     from playwright.sync_api import expect
 
-    page = new_page(serve(Path(OF) if OF else copied), width=width, dark=dark)
+    page = new_page(serve(Path(OF) if OF else world / "one"), width=width, dark=dark)
     page.set_default_timeout(60_000)
     expect(page.locator("#rows .line").first).to_be_visible()
     shoot(page, "list")
