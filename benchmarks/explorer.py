@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def make(folder: Path, d_sae: int, tokens: list[int]) -> list[Path]:
 
 
 @contextmanager
-def served(sae: Path, study: Path, threads: int) -> Iterator[tuple[str, int, float]]:
+def served(sae: Path, study: Path, threads: int) -> Generator[tuple[str, int, float]]:
     """The server's address, its process, and seconds from start to listening."""
     code = "import sys; from sae_core.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "explore", str(sae), "--study", str(study), "--device", "cpu"]

@@ -32,9 +32,11 @@ def test_a_latent_is_found_labelled_and_steered(
     page.keyboard.type("river")
     expect(page.locator("#sort")).to_have_value("match")
     expect(page.locator("#total")).not_to_have_text("96 latents")
-    page.locator("#rows .line").first.click()
+    first = page.locator("#rows .line").first
+    expect(first).to_contain_text("river")
+    first.click()
     expect(page.locator("#detail .example").first).to_be_visible()
-    assert "river" in page.locator("#detail .card:has-text('Strongest')").inner_text()
+    assert "river" in page.locator("#detail .card:has-text('Fires most strongly on')").inner_text()
     latent = int(page.locator("#detail h2").inner_text().removeprefix("Latent "))
 
     page.fill("#label", HOSTILE)

@@ -98,7 +98,7 @@ function nearestCard(nearest) {
 
 async function showLatent(latent) {
   shownLatent = latent;
-  for (const line of $("space").children) line.setAttribute("aria-selected", String(Number(line.dataset.latent) === latent));
+  draw();
   let found;
   try {
     found = await api.latent(name, latent);

@@ -58,7 +58,7 @@ async function fetchPage(page) {
 function rowLine(row, at) {
   const props = {
     class: "line", role: "option", href: `#/latent/${row.latent}`, tabindex: -1,
-    "aria-selected": String(row.latent === shownLatent), "data-latent": row.latent,
+    "data-latent": row.latent,
   }; // prettier-ignore
   const label = row.label ? [el("b", {}, ...visible(row.label)), "  "] : [];
   const line = el(
@@ -73,18 +73,30 @@ function rowLine(row, at) {
   return line;
 }
 
+// Rows that stay in sight stay the same elements, so that none is exchanged under a click.
+let drawn = new Map();
 function draw() {
   const box = $("rows");
   const first = Math.max(0, Math.floor(box.scrollTop / HEIGHT) - 5);
   const end = Math.min(total, first + Math.ceil((box.clientHeight || 600) / HEIGHT) + 10);
-  const lines = [];
+  const lines = new Map();
   for (let at = first; at < end; at++) {
     const page = Math.floor(at / PAGE);
     if (!pages.has(page)) fetchPage(page);
     const row = pages.get(page)?.[at % PAGE];
-    if (row) lines.push(rowLine(row, at));
+    if (!row) continue;
+    const key = JSON.stringify([at, row]);
+    const line = drawn.get(key) ?? rowLine(row, at);
+    line.setAttribute("aria-selected", String(row.latent === shownLatent));
+    lines.set(key, line);
   }
-  $("space").replaceChildren(...lines);
+  for (const [key, line] of drawn) if (!lines.has(key)) line.remove();
+  let next = $("space").firstChild;
+  for (const line of lines.values()) {
+    if (line === next) next = next.nextSibling;
+    else $("space").insertBefore(line, next);
+  }
+  drawn = lines;
 }
 
 function placeOf(latent) {
