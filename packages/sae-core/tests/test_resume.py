@@ -246,7 +246,7 @@ def test_a_sequence_of_another_length_is_another_source(tmp_path: Path) -> None:
 def test_files_that_grew_are_another_source(tmp_path: Path) -> None:
     path = saved(tmp_path, tensor_files(tmp_path))
     np.save(tmp_path / "rows.npy", torch.cat(data(11)).numpy())
-    with pytest.raises(ConfigError, match="fingerprint was '400 rows.*is now '440 rows"):
+    with pytest.raises(ConfigError, match=r"fingerprint was '400 rows.*is now '440 rows"):
         Trainer.resume(path, tensor_files(tmp_path))
     with pytest.raises(DataError, match="hold 440 rows; 400 when"):
         Trainer.resume(path, tensor_files(tmp_path), force=True)

@@ -74,20 +74,28 @@ class Watch:
             self._store.compare_set("finding", "", f"{self.rank}\n{message}")
 
     def end(self, *, wait_for_first: bool = False) -> None:
-        """Stop. With `wait_for_first`, not before the first rank has had the time to say what happened."""
-        with suppress(RuntimeError):
-            if self.rank == 0:
-                with self._lock:
-                    self._store.set("ended", "1")
-            deadline = time.monotonic() + _GRACE
-            while wait_for_first and self.rank and time.monotonic() < deadline:
-                with self._lock:
-                    if self._store.check(["ended"]):
-                        time.sleep(0.5)
-                        break
-                time.sleep(0.1)
+        """Stop. With `wait_for_first`, not before the first rank has had the time to say what happened.
+
+        The first rank may hold the store, and waits a little for those that still look into it.
+        """
+        if wait_for_first and self.rank:
+            self._wait_for(["ended"], _GRACE)
+            time.sleep(0.2)
         self._ended.set()
         self._thread.join(timeout=5)
+        with suppress(RuntimeError):
+            self._store.set("ended" if self.rank == 0 else f"left {self.rank}", "1")
+        if self.rank == 0:
+            self._wait_for([f"left {rank}" for rank in range(1, self.size)], 3.0)
+
+    def _wait_for(self, keys: list[str], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                with self._lock:
+                    if self._store.check(keys):
+                        return
+                time.sleep(0.1)
 
     # The thread.
 
