@@ -115,6 +115,17 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert (found.state, found.damaged) == ({"samples": 300}, [])
 
 
+def test_a_second_one_of_as_many_samples_takes_the_place_of_the_first_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for samples, value in ((100, 0), (200, 1), (200, 2), (200, 3)):
+        checkpoints.save(samples, {"value": value})
+    assert len(list(tmp_path.iterdir())) == 2
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state == {"value": 3}
+    assert (tmp_path / f"{100:012d}").is_dir()
+
+
 def test_a_damaged_newest_one_is_named_and_skipped(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=3)
     for samples in (100, 200):

@@ -123,7 +123,8 @@ class Checkpoints:
     def save(self, samples: int, state: Mapping[str, Any]) -> Path:
         """Write one more, and remove all but the newest `keep_last`.
 
-        Checkpoints of more samples than this one belong to a continuation that was given up; they are removed as well.
+        Checkpoints of more samples than this one belong to a continuation that was given up, and one of as many is replaced:
+        both are removed as well.
         """
         path = self.folder / f"{samples:012d}"
         if path.exists():  # written beside it: at every moment there is a whole one
@@ -131,10 +132,12 @@ class Checkpoints:
             path = path.with_suffix(f".{1 + max(again, default=0)}")
         write_checkpoint(path, state)
         present = self._all()
-        newer = present[: present.index(path)]
-        older = present[present.index(path) + self.keep_last :]
-        for old in (*newer, *older):
-            _remove(old)
+        kept = [each for each in present[present.index(path) :] if each == path or each.stem != path.stem][
+            : self.keep_last
+        ]
+        for old in present:
+            if old not in kept:
+                _remove(old)
         for leftover in self.folder.glob(f"{_TRASH}*"):  # of a process that was killed while it removed
             shutil.rmtree(leftover, ignore_errors=True)
         return path
