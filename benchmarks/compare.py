@@ -217,6 +217,9 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every library")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps of a turn; many for small dictionaries, which live in caches"
+    )
     parser.add_argument("--only", action="append", help="just the cases whose name contains this; may be repeated")
     parser.add_argument("--json", type=Path, help="also write all numbers here")
     parser.add_argument(
@@ -288,7 +291,7 @@ def run_cases(
             for name, python in peers.items()
             if spec.architecture in ARCHITECTURES.get(name, (spec.architecture,))
         ]
-        made = rows_of(title, compare(contenders, arguments.rounds), spec.batch)
+        made = rows_of(title, compare(contenders, arguments.rounds, arguments.steps), spec.batch)
         print(table(made), flush=True)
         rows += made
     return rows

@@ -27,6 +27,8 @@ from sae_core.latent_ranks import summed_over_ranks
 
 __all__ = ["Codes", "DenseCodes", "LatentMajor", "SparseCodes"]
 
+_COUNTED_IN_FLOAT = 2**24  # up to here float32 holds every whole number
+
 
 class LatentMajor(NamedTuple):
     """The same entries ordered by latent: the transposed bags that gradients need.
@@ -48,6 +50,14 @@ class LatentMajor(NamedTuple):
         offsets = torch.zeros(d_sae + 1, dtype=torch.long, device=indices.device)
         offsets[1:].index_add_(0, indices, torch.ones_like(indices)).cumsum_(0)  # bincount would wait for a GPU
         return cls(order, rows[order], indices[order], offsets)
+
+
+@dataclass(slots=True, eq=False)
+class _Order:
+    """What is known of the places of some entries, whatever their values."""
+
+    latent_major: LatentMajor | None = None
+    positions: Tensor | None = None
 
 
 @final
@@ -72,7 +82,7 @@ class SparseCodes:
     d_sae: int
     offsets: Tensor | None = None
     k: int | None = None
-    _shared: list[LatentMajor] = field(default_factory=list[LatentMajor], init=False, repr=False)
+    _shared: _Order = field(default_factory=lambda: _Order(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.values.shape != self.indices.shape or self.values.dim() != 1:
@@ -144,13 +154,17 @@ class SparseCodes:
     def to_dense(self) -> Tensor:
         """(..., d_sae) with zeros elsewhere; differentiable in the values."""
         flat = self.values.new_zeros(self.rows * self.d_sae)
-        flat = flat.scatter(0, self.row_ids() * self.d_sae + self.indices, self.values)
-        return flat.view(*self.leading_shape, self.d_sae)
+        differentiable = torch.is_grad_enabled() and self.values.requires_grad
+        scatter = flat.scatter if differentiable else flat.scatter_
+        return scatter(0, self.positions(), self.values).view(*self.leading_shape, self.d_sae)
 
     def l0(self) -> Tensor:
         """(...,) number of non-zero latents in each row."""
+        on = self.values != 0
+        if self.k is not None:
+            return summed_over_ranks(on.view(self.rows, self.k).sum(-1)).view(self.leading_shape)
         counts = torch.zeros(self.rows, dtype=torch.long, device=self.device)
-        counts.index_add_(0, self.row_ids(), (self.values != 0).long())
+        counts.index_add_(0, self.row_ids(), on.long())
         return summed_over_ranks(counts).view(self.leading_shape)
 
     def fired(self) -> Tensor:
@@ -161,6 +175,10 @@ class SparseCodes:
         """(d_sae,) number of rows in which each latent is non-zero."""
         counts = torch.zeros(self.d_sae, dtype=torch.long, device=self.device)
         return counts.index_add_(0, self.indices, (self.values != 0).long())
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """`l0` and `firing_counts`."""
+        return self.l0(), self.firing_counts()
 
     def with_values(self, values: Tensor) -> SparseCodes:
         """The same entries with other values; the latent-major order is shared."""
@@ -207,12 +225,18 @@ class SparseCodes:
 
     def latent_major(self) -> LatentMajor:
         """The entries ordered by latent: computed once, kept, and shared by all codes with the same entries."""
-        if not self._shared:
-            self._shared.append(LatentMajor.of(self.row_ids(), self.indices, self.d_sae))
-        return self._shared[0]
+        if self._shared.latent_major is None:
+            self._shared.latent_major = LatentMajor.of(self.row_ids(), self.indices, self.d_sae)
+        return self._shared.latent_major
+
+    def positions(self) -> Tensor:
+        """(entries,) where each entry is in the dense form, ``row * d_sae + latent``: computed once, kept, and shared alike."""
+        if self._shared.positions is None:
+            self._shared.positions = self.row_ids() * self.d_sae + self.indices
+        return self._shared.positions
 
     def share_latent_major(self, other: SparseCodes) -> None:
-        """Let `other`, which has the same entries, use the same latent-major order."""
+        """Let `other`, which has the same entries, use the same latent-major order and `positions`."""
         other._shared = self._shared
 
     def __repr__(self) -> str:
@@ -258,7 +282,7 @@ class DenseCodes:
 
     def l0(self) -> Tensor:
         """(...,) number of non-zero latents in each row."""
-        return summed_over_ranks((self.values != 0).sum(-1)).view(self.leading_shape)
+        return summed_over_ranks(self._active().sum(-1).long()).view(self.leading_shape)
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: the latents that are non-zero anywhere in the batch."""
@@ -266,7 +290,18 @@ class DenseCodes:
 
     def firing_counts(self) -> Tensor:
         """(d_sae,) number of rows in which each latent is non-zero."""
-        return (self.values != 0).sum(0)
+        return self._active().sum(0).long()
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """`l0` and `firing_counts`, from one look at the values."""
+        active_RF = self._active()
+        return summed_over_ranks(active_RF.sum(-1).long()).view(self.leading_shape), active_RF.sum(0).long()
+
+    def _active(self) -> Tensor:
+        """(rows, d_sae) one where a latent is not zero; as float32, which is summed eight times as fast as bools, where exact."""
+        if max(self.values.shape) > _COUNTED_IN_FLOAT:
+            return self.values != 0
+        return torch.ne(self.values.detach(), 0, out=torch.empty_like(self.values, dtype=torch.float32))
 
     def with_values(self, values: Tensor) -> DenseCodes:
         """Other values of the same shape."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae_core.codes import Codes, DenseCodes, SparseCodes
 from sae_core.latent_ranks import current_ranks, summed_over_ranks
 from sae_core.ops.bags import entry_dots, latent_bags, row_bags
-from sae_core.ops.dispatch import entries_pay
+from sae_core.ops.dispatch import entries_pay_in
 from sae_core.ops.gradient_sums import open_sum, weight_gradient
 from sae_core.ops.mixed import dense_dtype, dense_product
 
@@ -38,8 +38,8 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
 def _decoded(codes: Codes, W_dec: Tensor) -> Tensor:
     if isinstance(codes, DenseCodes):
         return cast("Tensor", _DecodeDense.apply(codes.values, W_dec))
-    if not entries_pay(entries=codes.values.numel(), rows=codes.rows, d_sae=codes.d_sae, device=codes.device):
-        return cast("Tensor", _DecodeDense.apply(codes.to_dense().view(codes.rows, codes.d_sae), W_dec))
+    if not entries_pay_in(codes, W_dec):
+        return cast("Tensor", _DecodeWritten.apply(codes.values, W_dec, codes))
     return cast("Tensor", _DecodeEntries.apply(codes.values, W_dec, codes))
 
 
@@ -92,6 +92,22 @@ class _DecodeDense(torch.autograd.Function):
         grad_values = dense_product(grad_RO, W_dec.t(), ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_W = weight_gradient(values_RF, grad_RO, ctx.sum, ctx.dtype) if ctx.needs_input_grad[1] else None
         return grad_values, None if ctx.sum else grad_W
+
+
+class _DecodeWritten(torch.autograd.Function):
+    """Entries with the zeros between them written out, which `_DecodeDense` multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, values_E: Tensor, W_dec: Tensor, codes: SparseCodes) -> Tensor:
+        values_RF = codes.to_dense().view(codes.rows, codes.d_sae)
+        ctx.codes = codes.detach()
+        return _DecodeDense.forward(ctx, values_RF, W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_RF, grad_W = _DecodeDense.backward(ctx, *grads)
+        codes = cast("SparseCodes", ctx.codes)
+        return None if grad_RF is None else grad_RF.view(-1)[codes.positions()], grad_W, None
 
 
 class _DecodeEntries(torch.autograd.Function):

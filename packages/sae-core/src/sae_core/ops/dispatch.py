@@ -7,10 +7,14 @@ not timed at run time, so that two runs of one seed take the same path and give 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["entries_pay", "prefer_sparse"]
+from sae_core.codes import SparseCodes
 
-_CROSSOVER = 0.12  # on a CPU both forms of a step take as long with this density, at widths from 512 to 16384
+__all__ = ["entries_pay", "entries_pay_in", "prefer_sparse"]
+
+_CROSSOVER = 0.12  # with this density both forms of a step take as long on a CPU, where rows are wide
+_ENTRY = 64  # what sorting an entry and looking it up costs, in columns of a row
 _CPU_DENSITY = 0.07  # lower, as latents close to a threshold are entries too but are not counted as active
 _MIN_WIDTH = 512
 
@@ -32,10 +36,20 @@ def prefer_sparse(*, d_sae: int, density: float | None, device: torch.device) ->
     return device.type == "cpu" and density <= _CPU_DENSITY
 
 
-def entries_pay(*, entries: int, rows: int, d_sae: int, device: torch.device) -> bool:
-    """Whether to decode codes entry by entry; else a matrix product with their zeros written out is cheaper.
+def entries_pay(*, entries: int, rows: int, d_sae: int, width: int, device: torch.device) -> bool:
+    """Whether to go through codes entry by entry; else a matrix product with their zeros written out is cheaper.
 
-    >>> entries_pay(entries=32, rows=1, d_sae=16384, device=torch.device("cpu"))
+    An entry costs something besides the `width` of the rows that are summed; narrow dictionaries multiply sooner.
+
+    >>> entries_pay(entries=32, rows=1, d_sae=16384, width=768, device=torch.device("cpu"))
     True
+    >>> entries_pay(entries=16, rows=1, d_sae=256, width=64, device=torch.device("cpu"))
+    False
     """
-    return device.type != "cpu" or entries <= _CROSSOVER * rows * d_sae
+    return device.type != "cpu" or entries <= _CROSSOVER * width / (width + _ENTRY) * rows * d_sae
+
+
+def entries_pay_in(codes: SparseCodes, weights: Tensor) -> bool:
+    """`entries_pay` of these codes, whose latents have the rows of `weights` (d_sae, width)."""
+    entries, rows = codes.values.numel(), codes.rows
+    return entries_pay(entries=entries, rows=rows, d_sae=codes.d_sae, width=weights.shape[1], device=codes.device)

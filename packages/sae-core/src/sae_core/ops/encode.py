@@ -17,16 +17,20 @@ The encoder is latent-major here, (d_sae, d_in), the transpose of the field's W_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from sae_core.codes import SparseCodes
 from sae_core.errors import ConfigError
 from sae_core.latent_ranks import current_ranks, read_by_all_ranks
 from sae_core.ops.bags import latent_bags, row_bags
-from sae_core.ops.gradient_sums import open_sum, weight_gradient
+from sae_core.ops.dispatch import entries_pay_in
+from sae_core.ops.gradient_sums import GradientSum, open_sum, weight_gradient
 from sae_core.ops.mixed import dense_dtype, dense_product
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
@@ -35,6 +39,8 @@ from sae_core.ops.select import CertifiedSelection, Selection, SelectsOverRanks
 from sae_core.ops.whole_batch import whole_batch
 
 __all__ = ["encode_dense", "encode_entries"]
+
+_certified: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
 def encode_dense(x_RD: Tensor, centre_D: Tensor | None, W_FD: Tensor, b_F: Tensor) -> Tensor:
@@ -77,19 +83,8 @@ class _EncodeDense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_RF = cast("Tensor", grads[0])
         centred, W_FD = ctx.saved_tensors
-        needs_x, needs_centre, needs_W, needs_b = ctx.needs_input_grad
-        grad_x = grad_centre = grad_W = grad_b = None
-        if needs_W:
-            grad_W = weight_gradient(grad_RF, centred, ctx.sum, ctx.dtype)
-        if needs_b or needs_centre:
-            grad_b = grad_RF.sum(0)
-        if needs_centre and grad_b is not None:
-            grad_centre = -(grad_b @ W_FD)
-        if needs_x:
-            grad_x = dense_product(grad_RF, W_FD, ctx.dtype)
-        return grad_x, grad_centre, None if ctx.sum else grad_W, grad_b
+        return _gradients(cast("Tensor", grads[0]), centred, W_FD, ctx.needs_input_grad, ctx.sum, ctx.dtype)
 
 
 class _EncodeEntries(torch.autograd.Function):
@@ -115,6 +110,9 @@ class _EncodeEntries(torch.autograd.Function):
         grad_values = cast("Tensor", grads[0])
         centred, W_FD = ctx.saved_tensors
         codes = cast("SparseCodes", ctx.codes)
+        if not entries_pay_in(codes, W_FD):
+            grad_RF = codes.with_values(grad_values).to_dense().view(codes.rows, codes.d_sae)
+            return *_gradients(grad_RF, centred, W_FD, ctx.needs_input_grad), None, None
         needs_x, needs_centre, needs_W, needs_b, *_rest = ctx.needs_input_grad
         grad_x = grad_centre = grad_W = grad_b = None
         if needs_W:
@@ -127,6 +125,28 @@ class _EncodeEntries(torch.autograd.Function):
         if needs_x:
             grad_x = row_bags(grad_values, codes.indices, codes.row_offsets(), W_FD)
         return grad_x, grad_centre, grad_W, grad_b, None, None
+
+
+def _gradients(
+    grad_RF: Tensor,
+    centred: Tensor,
+    W_FD: Tensor,
+    needs: Sequence[bool],
+    into: GradientSum | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, centre, W and b, from the gradient of all pre-activations."""
+    needs_x, needs_centre, needs_W, needs_b, *_rest = needs
+    grad_x = grad_centre = grad_W = grad_b = None
+    if needs_W:
+        grad_W = weight_gradient(grad_RF, centred, into, dtype)
+    if needs_b or needs_centre:
+        grad_b = grad_RF.sum(0)
+    if needs_centre and grad_b is not None:
+        grad_centre = -(grad_b @ W_FD)
+    if needs_x:
+        grad_x = dense_product(grad_RF, W_FD, dtype)
+    return grad_x, grad_centre, None if into else grad_W, grad_b
 
 
 def _chosen(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) -> SparseCodes:
@@ -145,7 +165,7 @@ def _chosen(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) ->
 
 
 def _chosen_here(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selection) -> SparseCodes:
-    if isinstance(selection, CertifiedSelection):
+    if _is_certified(selection):
         ask()
         if is_screened(
             rows=whole_batch().typical(centred.shape[0]),  # ranks choose alike
@@ -157,3 +177,11 @@ def _chosen_here(centred: Tensor, W_FD: Tensor, b_F: Tensor, selection: Selectio
         ):
             return selection.screen(Screened(centred, W_FD, b_F, scale=selection.scale, threshold=selection.threshold))
     return selection(EncoderProduct(centred, W_FD, b_F))
+
+
+def _is_certified(selection: Selection) -> TypeIs[CertifiedSelection]:
+    """Asked once for every class, as asking a protocol takes longer than a small selection's Python."""
+    kind = type(selection)
+    if kind not in _certified:
+        _certified[kind] = isinstance(selection, CertifiedSelection)
+    return _certified[kind]

@@ -54,12 +54,13 @@ class StepResult:
         def weighted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: value.detach() * share for name, value in named.items()}
 
+        l0, firing_counts = output.codes.counts()
         return cls(
             output.loss.detach() * share,
             weighted(output.losses),
             weighted(output.metrics),
-            output.codes.l0().flatten(),
-            output.codes.firing_counts(),
+            l0.flatten(),
+            firing_counts,
             output.reconstruction.detach(),
             output.target.detach(),
         )
