@@ -298,7 +298,7 @@ class DenseCodes:
         return summed_over_ranks(active_RF.sum(-1).long()).view(self.leading_shape), active_RF.sum(0).long()
 
     def _active(self) -> Tensor:
-        """(rows, d_sae) one where a latent is not zero; as float32, which is summed eight times as fast as bools, where exact."""
+        """(rows, d_sae) one where a latent is not zero; where exact as float32, summed eight times as fast as bools."""
         if max(self.values.shape) > _COUNTED_IN_FLOAT:
             return self.values != 0
         return torch.ne(self.values.detach(), 0, out=torch.empty_like(self.values, dtype=torch.float32))
