@@ -66,6 +66,7 @@ def test_every_view_fits_and_stays_where_it_is(
     shoot(page, "list")
     page.fill("#search", SEARCH)
     expect(page.locator("#sort")).to_have_value("match")
+    expect(page.locator("#rows .line").first).to_contain_text(SEARCH)
     page.locator("#rows .line").first.click()
     expect(page.locator("#steer")).to_be_visible()
     assert page.evaluate(MOVED) < 0.02

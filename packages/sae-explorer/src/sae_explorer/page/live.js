@@ -201,9 +201,10 @@ function showText() {
   const result = el("div", {class: "card", hidden: true}, tokens, list);
   let chosen = null;
 
-  // Colours tokens by one latent's activation, or by the largest of any.
+  // Colours tokens that count by one latent's activation, or by the largest of any.
   const heat = latent => {
-    const values = analysis.fired.map(fired => {
+    const values = analysis.fired.map((fired, n) => {
+      if (!analysis.counts[n]) return 0;
       const own = latent === null ? fired : fired.filter(each => each[0] === latent);
       return Math.max(0, ...own.map(each => Math.abs(each[1])));
     });
