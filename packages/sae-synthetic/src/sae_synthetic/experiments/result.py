@@ -61,7 +61,7 @@ class Settings:
 
 @final
 class Runs:
-    """Trains one SAE after the other, the same way, and counts them."""
+    """Trains SAEs, one after the other or several on one stream, the same way, and counts them."""
 
     def __init__(self, settings: Settings, bar: Any) -> None:
         self._settings, self._bar = settings, bar
@@ -80,17 +80,48 @@ class Runs:
         **training: Any,
     ) -> SAE:
         """A new SAE of `config`, changed by `prepare`, trained as `TrainConfig` with `training` says; in eval mode."""
+        with self._counted(label, 1):
+            sae = self._new(architecture, config, seed)
+            if prepare is not None:
+                prepare(sae)
+            Trainer(sae, batches, _plan(training), callbacks=callbacks).fit()
+        return sae.eval()
+
+    def train_together(
+        self,
+        label: str,
+        configs: Mapping[str, Mapping[str, Any]],
+        batches: Iterable[Tensor],
+        seed: int,
+        training: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, SAE]:
+        """New SAEs of several architectures, by name, on the same batches, each as its own `training` says; in eval mode.
+
+        Each ends with the bits that `train` gives it. Raises ConfigError if one diverges.
+        """
+        with self._counted(label, len(configs)):
+            saes = {name: self._new(name, config, seed) for name, config in configs.items()}
+            trainer = Trainer(saes, batches, {name: _plan(training[name]) for name in saes})
+            trainer.fit_all()
+            for name, reason in trainer.dropped.items():
+                raise ConfigError(f"{label}: {name} diverged: {reason}")
+        return {name: sae.eval() for name, sae in saes.items()}
+
+    def _new(self, architecture: str, config: Mapping[str, Any], seed: int) -> SAE:
+        weights = derived_seed(seed, "initial weights")
+        return create(architecture, seed=weights, device=self._settings.device, **config)
+
+    @contextmanager
+    def _counted(self, label: str, runs: int) -> Generator[None]:
         self._bar.set_description_str(label, refresh=True)
         started = time.perf_counter()
-        weights = derived_seed(seed, "initial weights")
-        sae = create(architecture, seed=weights, device=self._settings.device, **config)
-        if prepare is not None:
-            prepare(sae)
-        plan = TrainConfig(progress_bar=False, init_b_dec="zeros", **training)
-        Trainer(sae, batches, plan, callbacks=callbacks).fit()
+        yield
         self.seconds += time.perf_counter() - started
-        self._bar.update(1)
-        return sae.eval()
+        self._bar.update(runs)
+
+
+def _plan(training: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig(progress_bar=False, init_b_dec="zeros", **training)
 
 
 @dataclass(frozen=True)

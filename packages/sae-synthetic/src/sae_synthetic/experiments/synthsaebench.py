@@ -6,7 +6,7 @@ correlations and a mean L0 of 34, of which about 25 belong to the 4,096 most fre
 falling from 60 to 25. It takes 200 million samples, so it wants a GPU.
 
 `run_mini` keeps the proportions at a sixteenth of the size: trees, the share of firing that the latents can cover, L0 per
-dimension. It trains all five architectures and compares the order in which they end up.
+dimension. It trains all five architectures on one stream for every seed and compares the order in which they end up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sae_synthetic.evaluation import SyntheticDataEvalResult, eval_sae_on_synthetic_data
 from sae_synthetic.experiments.result import Claim, ExperimentResult, Settings, mean_and_spread
-from sae_synthetic.experiments.steering import SteerL0
 from sae_synthetic.firing_magnitudes import FoldedNormalMagnitudeConfig, LinearMagnitudeConfig
 from sae_synthetic.firing_probabilities import ZipfianFiringProbabilityConfig
 from sae_synthetic.hierarchy import HierarchyConfig
@@ -75,8 +74,7 @@ LABELS = {
 COLUMNS = ["SAE", "F1 (publ.)", "MCC (publ.)", "unique (publ.)", "EV (publ.)", "L0"]
 
 MINI_LATENTS, MINI_L0 = 256, 5.6
-MINI_BATCH, MINI_SAMPLES, MINI_RATE = 1024, 2_500_000, 2e-3
-MINI_STEERING = 0.06  # twice the usual rate: the run is short
+MINI_BATCH, MINI_SAMPLES, MINI_RATE = 512, 1_250_000, 2e-3
 MINI_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "matryoshka_batchtopk": {"k": MINI_L0, "matryoshka_widths": (8, 32, 128)},
     "batchtopk": {"k": MINI_L0},
@@ -91,7 +89,7 @@ MINI_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "standard": {"l1_coefficient": 2.0, "decoder_init_norm": 0.5},
     "matching_pursuit": {"max_iterations": round(MINI_L0), "residual_threshold": 0.0},
 }
-MINI_STEERED = {"jumprelu": "l0_coefficient", "standard": "l1_coefficient"}
+MINI_STEERED = ("jumprelu", "standard")
 
 EVAL_SAMPLES = 50_000
 
@@ -111,24 +109,28 @@ def run_mini(settings: Settings) -> ExperimentResult:
     samples = settings.samples(MINI_SAMPLES, MINI_BATCH)
     found: dict[str, list[SyntheticDataEvalResult]] = {name: [] for name in MINI_ARCHITECTURES}
     kept: dict[str, Tensor] = {}
+    plan = {
+        "total_samples": samples,
+        "batch_size": MINI_BATCH,
+        "lr": MINI_RATE,
+        "lr_decay_samples": 1 / 3,
+        "dead_after_samples": 0.2,
+    }
     with settings.runs(len(found) * settings.seeds) as runs:
-        for seed, name in itertools.product(range(settings.seeds), MINI_ARCHITECTURES):
-            steered = MINI_STEERED.get(name)
-            sae = runs.train(
-                f"{name}, seed {seed}",
-                name,
-                {"d_in": world.d_in, "d_sae": MINI_LATENTS, **MINI_ARCHITECTURES[name]},
+        for seed in range(settings.seeds):
+            saes = runs.train_together(
+                f"seed {seed}",
+                {
+                    name: {"d_in": world.d_in, "d_sae": MINI_LATENTS, **config}
+                    for name, config in MINI_ARCHITECTURES.items()
+                },
                 _batches(world, seed, MINI_BATCH),
                 seed,
-                callbacks=[SteerL0(steered, MINI_L0, samples, MINI_STEERING)] if steered else [],
-                total_samples=samples,
-                batch_size=MINI_BATCH,
-                lr=MINI_RATE,
-                lr_decay_samples=samples // 3,
-                dead_after_samples=500_000,
+                {name: {**plan, "target_l0": MINI_L0} if name in MINI_STEERED else plan for name in MINI_ARCHITECTURES},
             )
-            found[name].append(_scores(sae, world))
-            kept.setdefault(name, sae.directions())
+            for name, sae in saes.items():
+                found[name].append(_scores(sae, world, baseline=seed == 0 and name == "batchtopk"))
+                kept.setdefault(name, sae.directions())
     found["untrained"] = [_baseline(found["batchtopk"])]
     f1 = {name: _mean([r.classification.f1_score for r in results]) for name, results in found.items()}
     variance = {name: _mean([r.explained_variance for r in results]) for name, results in found.items()}
@@ -181,7 +183,7 @@ def run_full(settings: Settings) -> ExperimentResult:
                 lr_decay_samples=int(samples * falling),
                 dead_after_samples=1_000_000,
             )
-            found[name].append(_scores(sae, world))
+            found[name].append(_scores(sae, world, baseline=seed == 0 and name == "as published"))
             kept.setdefault(name, sae.directions())
     found["untrained"] = [_baseline(found["as published"])]
     f1 = {name: _mean([r.classification.f1_score for r in results]) for name, results in found.items()}
@@ -215,8 +217,10 @@ def _baseline(results: list[SyntheticDataEvalResult]) -> SyntheticDataEvalResult
     return results[0].baseline
 
 
-def _scores(sae: SAE, world: SyntheticModel) -> SyntheticDataEvalResult:
-    return eval_sae_on_synthetic_data(sae, world.feature_dict, world.activation_generator, EVAL_SAMPLES)
+def _scores(sae: SAE, world: SyntheticModel, *, baseline: bool) -> SyntheticDataEvalResult:
+    return eval_sae_on_synthetic_data(
+        sae, world.feature_dict, world.activation_generator, EVAL_SAMPLES, baseline=baseline
+    )
 
 
 def _row(name: str, results: list[SyntheticDataEvalResult], published: tuple[float, ...] | None) -> list[str]:
