@@ -75,7 +75,9 @@ def close(a: Any, b: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", [*(f"trained {name}" for name in ARCHITECTURES), "unread_parts"])
 def test_several_processes_train_what_one_trains(found: list[dict[str, Any]], case: str, size: int) -> None:
-    assert len(found[0][f"{case} 1"]["history"]) == 6
+    records = found[0][f"{case} 1"]["history"]
+    assert len(records) == 6
+    assert case != "trained topk" or any(record["resampled"] for record in records)
     close(found[0][f"{case} {size}"], found[0][f"{case} 1"], 1e-5)
 
 
@@ -87,7 +89,10 @@ def test_every_process_ends_with_the_same_bits(found: list[dict[str, Any]], case
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_selection_over_the_batch_is_that_of_all_processes_with_ties(found: list[dict[str, Any]], size: int) -> None:
-    close(found[0][f"ties {size}"], found[0]["ties 1"], 0.0)
+    for name, alone in found[0]["ties 1"].items():
+        together = found[0][f"ties {size}"][name]
+        assert torch.equal(together != 0, alone != 0), name
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert any(bool(each.any()) for each in found[0]["ties 1"].values())
 
 
