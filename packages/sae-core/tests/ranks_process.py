@@ -1,12 +1,10 @@
-"""Cases of training on several processes; as a program, one of four processes that run all of them, on four ranks and on two.
-
-The tests run the same cases in one process and compare.
-"""
+"""Cases of training on several ranks; as a program, all of them in one process, then on two and four ranks of four others."""
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ from sae_core.ops.batch_topk import BatchTopK
 from sae_core.ops.product import EncoderProduct
 from sae_core.ops.screened import Screened
 from sae_core.ops.whole_batch import WholeBatch, divided
-from sae_core.parallel.ranks import Ranks
+from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.protocols import ActivationBatch
 
 D, F, ROWS, BATCH = 12, 48, 700, 64  # batches of 64, at the end of a pass 60, at the end of training 2
@@ -208,12 +206,10 @@ def run_case(name: str, ranks: Ranks, folder: Path) -> Any:
     return CASES[name](ranks, place)
 
 
-def main() -> None:
+def on_four_ranks(folder: Path) -> None:
+    """As one of four processes: all cases on two ranks and on four; what the first two found is in `folder`."""
     from sae_core.parallel.joining import joined
 
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
     with joined() as everybody:
         import torch.distributed as dist
 
@@ -230,5 +226,28 @@ def main() -> None:
             torch.save(found, folder / f"found-{everybody.rank}.pt")
 
 
+def main() -> int:
+    """Run the cases in this process, and then in four that come from it and need not import everything again."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(("from", "other"))}
+    torch.save(alone, folder / "alone.pt")
+    children: list[int] = []
+    for rank in range(4):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"})
+        try:
+            on_four_ranks(folder)
+        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Two and four processes train what one trains: same records, same weights, same selections, whatever is asked of the batch.
 
-All cases of `ranks_process` run in one group of four real processes, and here in one.
+All cases of `ranks_process` run in one process, and in one group of four.
 """
 
 from __future__ import annotations
@@ -15,44 +15,29 @@ from typing import Any
 
 import pytest
 import torch
-from sae_core.parallel.ranks import ALONE
 
 PROGRAM = Path(__file__).with_name("ranks_process.py")
-_cases = runpy.run_path(str(PROGRAM))
-ARCHITECTURES, CASES, run_case = _cases["ARCHITECTURES"], _cases["CASES"], _cases["run_case"]
+ARCHITECTURES = runpy.run_path(str(PROGRAM))["ARCHITECTURES"]
 SIZES = (2, 4)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
-def started(arguments: list[str], size: int, **environment: str) -> list[subprocess.Popen[str]]:
-    """So many processes that find each other."""
-    shared = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "", **environment,
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the first two of four processes found, after one process left its checkpoint."""
+    """What the first two of four processes found, and with each what one process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(("from", "other"))}
-    processes = started([sys.executable, str(PROGRAM), str(folder)], 4)
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, said
-    both = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)],
+        env={**os.environ, **shared},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    alone, *both = (torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "found-0", "found-1"))
     return [{**each, **alone} for each in both]
 
 
