@@ -24,9 +24,10 @@ SEARCH, TEXT = (
 )
 SIZES = [(1280, False), (1280, True), (400, False), (400, True)]
 
+# Of what is in cells that end in an ellipsis, only the cells.
 BEYOND = (
     "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && "
-    "e.checkVisibility()).map(e => e.outerHTML.slice(0, 80))"
+    "e.checkVisibility() && !e.parentElement.closest('.line, td, th')).map(e => e.outerHTML.slice(0, 80))"
 )
 MOVED = (
     "new Promise(done => { let sum = 0; new PerformanceObserver(list => list.getEntries().forEach(e => sum += e.value))"
