@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {"topk": {"k": 32}, "batchtopk": {"k": 32}, "standard": {}, "jumprelu": {}}
 WEIGHTS = "sae_weights.safetensors"
-AIMS = {"save, new folder": "1.5", "save, over another": "1.5", "load": "1.3", "load, mmap=False": "1.3"}
+AIMS = {"save, new folder": "1.5", "save, over another": "1.5", "load": "1.3", "load, mmap=False": ""}
 
 
 def main() -> None:
