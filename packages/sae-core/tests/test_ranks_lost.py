@@ -8,35 +8,84 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+_PATIENCE = 240  # of the tests, on a machine that does other things
 
-def started(arguments: list[str], size: int, **environment: str) -> list[subprocess.Popen[str]]:
-    """So many processes of `sae-core` that find each other."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
-    shared = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "CUDA_VISIBLE_DEVICES": "", **environment,
-    }  # fmt: skip
-    command = [sys.executable, "-c", "import sys; from sae_core.cli import main; sys.exit(main())", *arguments]
-    return [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
+
+class Launcher:
+    """A process that forks ranks; see `ranks_launcher`."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ranks_launcher.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+
+    def ask(self, question: dict[str, Any]) -> list[int]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+class Group:
+    """Ranks of ``sae-core train``."""
+
+    def __init__(self, launcher: Launcher, folder: Path, size: int, *arguments: str, **environment: str) -> None:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            port = str(listening.getsockname()[1])
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        self.launcher, self.folder = launcher, folder
+        given = ["train", str(folder / "run.yaml"), *arguments]
+        self.ranks = launcher.ask({"size": size, "arguments": given, "environment": shared, "folder": str(folder)})
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "out" / "checkpoints").glob("0*"))
+
+    def until_it_saves(self) -> None:
+        before, deadline = self.checkpoints(), time.monotonic() + _PATIENCE
+        while self.checkpoints() == before:
+            if time.monotonic() > deadline or self.said(0):
+                for rank in self.ranks:
+                    os.kill(rank, signal.SIGKILL)
+                pytest.fail(f"it does not train: {self.said(0)}")
+            time.sleep(0.1)
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"{rank}.err").read_text() if (self.folder / f"{rank}.err").exists() else ""
+
+    def codes(self, *but: int) -> list[int]:
+        """Exit codes of all ranks but these, which have a minute."""
+        ranks = [rank for number, rank in enumerate(self.ranks) if number not in but]
+        late = threading.Timer(_PATIENCE, lambda: [os.kill(rank, signal.SIGKILL) for rank in ranks])
+        late.start()
+        try:
+            return self.launcher.ask({"wait": ranks})
+        finally:
+            late.cancel()
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    launched = Launcher()
+    yield launched
+    launched.process.communicate(timeout=60)
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     np.save(tmp_path / "rows.npy", torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)).numpy())
     run = {
         "output": str(tmp_path / "out"),
@@ -48,74 +97,46 @@ def run_file(tmp_path: Path) -> Path:
         },
         "parallel": {"timeout_seconds": 6},
     }  # fmt: skip
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(run))
-    return path
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    return tmp_path
 
 
-def until_it_trains(output: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 240
-    while not any((output / "checkpoints").glob("0*")):
-        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-            for process in processes:
-                process.kill()
-            pytest.fail(f"it does not train: {[process.communicate() for process in processes]}")
-        time.sleep(0.1)
+def test_a_killed_rank_ends_the_others_by_name_and_the_run_goes_on_with_fewer(launcher: Launcher, folder: Path) -> None:
+    group = Group(launcher, folder, 2)
+    group.until_it_saves()
+    os.kill(group.ranks[1], signal.SIGKILL)
+    assert group.codes() == [1, -signal.SIGKILL], group.said(0)
+    assert "rank 1: has ended or is frozen" in group.said(0)
+    assert group.said(0).count("error:") == 1
 
-
-def ended(processes: list[subprocess.Popen[str]], codes: list[int], within: float) -> list[str]:
-    """What they said on stderr, after they ended with these codes."""
-    deadline = time.monotonic() + within
-    try:
-        said = [process.communicate(timeout=max(deadline - time.monotonic(), 0.1)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == codes, said
-    assert all(not out for out, _ in said[1:])
-    return [err for _, err in said]
-
-
-def test_a_killed_process_ends_the_others_by_name_and_the_run_goes_on(run_file: Path, tmp_path: Path) -> None:
-    processes = started(["train", str(run_file)], 2)
-    until_it_trains(tmp_path / "out", processes)
-    processes[1].send_signal(signal.SIGKILL)
-    first, _ = ended(processes, [1, -signal.SIGKILL], within=120)
-    assert "rank 1: has ended or is frozen" in first
-    assert first.count("error:") == 1
-
-    again = started(["train", str(run_file), "--resume"], 1)
-    until_more = sorted((tmp_path / "out" / "checkpoints").glob("0*"))[-1]
-    deadline = time.monotonic() + 240
-    while sorted((tmp_path / "out" / "checkpoints").glob("0*"))[-1] == until_more:
+    (folder / "0.err").unlink()
+    again = Group(launcher, folder, 1, "--resume")
+    deadline = time.monotonic() + _PATIENCE
+    while "going on at" not in again.said(0):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    again[0].send_signal(signal.SIGINT)
-    (said,) = ended(again, [128 + signal.SIGINT], within=120)
-    assert "going on at" in said
+    os.kill(again.ranks[0], signal.SIGINT)
+    again.codes()
 
 
-def test_a_process_that_hangs_ends_the_others_by_name(run_file: Path, tmp_path: Path) -> None:
-    processes = started(["train", str(run_file)], 3)
-    until_it_trains(tmp_path / "out", processes)
-    processes[2].send_signal(signal.SIGSTOP)
-    try:
-        said = [process.communicate(timeout=120)[1] for process in processes[:2]]
-        assert [process.returncode for process in processes[:2]] == [1, 1], said
-    finally:
-        for process in processes:
-            process.kill()
-    assert "rank 2: " in said[0]
-    assert "sae-core" not in said[1]  # torch may warn of a store that went with the first process
+def test_a_rank_that_hangs_ends_the_others_by_name(launcher: Launcher, folder: Path) -> None:
+    group = Group(launcher, folder, 3)
+    group.until_it_saves()
+    os.kill(group.ranks[2], signal.SIGSTOP)
+    assert group.codes(2) == [1, 1]
+    os.kill(group.ranks[2], signal.SIGKILL)
+    group.codes(0, 1)
+    assert "error: rank 2: " in group.said(0)
+    assert "sae-core" not in group.said(1)  # torch may warn of a store that went with the first process
 
 
-def test_one_signal_stops_all_and_is_said_once(run_file: Path, tmp_path: Path) -> None:
-    processes = started(["train", str(run_file)], 2)
-    until_it_trains(tmp_path / "out", processes)
-    processes[1].send_signal(signal.SIGTERM)
-    first, second = ended(processes, [128 + signal.SIGTERM] * 2, within=120)
-    assert "stopped by SIGTERM; --resume goes on from" in first
-    assert "sae-core" not in second
+def test_one_signal_stops_all_ranks_and_is_said_once(launcher: Launcher, folder: Path) -> None:
+    group = Group(launcher, folder, 2)
+    group.until_it_saves()
+    os.kill(group.ranks[1], signal.SIGTERM)
+    assert group.codes() == [128 + signal.SIGTERM] * 2, group.said(0)
+    assert "stopped by SIGTERM; --resume goes on from" in group.said(0)
+    assert "sae-core" not in group.said(1)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +147,17 @@ def test_one_signal_stops_all_and_is_said_once(run_file: Path, tmp_path: Path) -
         ("device=cuda:0", "device"),
     ],
 )
-def test_what_cannot_be_is_one_error_of_the_first_process(run_file: Path, change: str, message: str) -> None:
-    first, second = ended(started(["train", str(run_file), "--set", change], 2), [1, 1], within=120)
-    assert message in first
-    assert first.count("error:") == 1
-    assert "sae-core" not in second
+def test_what_cannot_be_is_one_error_of_the_first_rank(
+    launcher: Launcher, folder: Path, change: str, message: str
+) -> None:
+    group = Group(launcher, folder, 2, "--set", change)
+    assert group.codes() == [1, 1]
+    assert message in group.said(0)
+    assert group.said(0).count("error:") == 1
+    assert "sae-core" not in group.said(1)
 
 
-def test_half_an_environment_is_refused(run_file: Path) -> None:
-    (said,) = ended(started(["train", str(run_file)], 1, MASTER_ADDR="", WORLD_SIZE="2"), [1], within=120)
-    assert "RANK, WORLD_SIZE, MASTER_PORT but not MASTER_ADDR" in said
+def test_half_an_environment_is_refused(launcher: Launcher, folder: Path) -> None:
+    group = Group(launcher, folder, 1, MASTER_ADDR="", WORLD_SIZE="2")
+    assert group.codes() == [1]
+    assert "RANK, WORLD_SIZE, MASTER_PORT but not MASTER_ADDR" in group.said(0)
