@@ -35,6 +35,7 @@ from sae_core.config import absolute_paths, check_fields, option, require, struc
 from sae_core.data.wiring import fields_for
 from sae_core.errors import ConfigError, FormatError, MissingDependencyError, SaeCoreError, did_you_mean
 from sae_core.format.write import write_atomically
+from sae_core.latent_ranks import latents_over
 from sae_core.members import Member, members_of
 from sae_core.parallel.config import ParallelConfig
 from sae_core.parallel.joining import agree_on
@@ -187,7 +188,11 @@ def execute_all(
 
     On several `ranks` each process calls this, and the first one has the folder to itself.
     """
-    agree_on(run.parallel, ranks)
+    ranks = agree_on(run.parallel, ranks)
+    require(
+        ranks.latents is None or not resume,
+        "--resume: a run whose latents are shared out over processes leaves no checkpoints; start it anew",
+    )
     if not ranks.first:
         return _train(run, None, None, force=force, ranks=ranks)
     with locked(run.output.absolute()) as folder:
@@ -218,23 +223,25 @@ def _train(
     """Train on this rank; `folder` is that of the first one, and None on the others."""
     run = dataclasses.replace(run, device=chosen_device(run.device))
     require(
-        ranks.size == 1 or torch.device(run.device).index is None,  # pyright: ignore[reportUnnecessaryComparison] - torch says int
-        f"device: {run.device} is one for {ranks.size} processes; say cuda, and each takes its own",
+        ranks.world.size == 1 or torch.device(run.device).index is None,  # pyright: ignore[reportUnnecessaryComparison] - torch says int
+        f"device: {run.device} is one for {ranks.world.size} processes; say cuda, and each takes its own",
     )
     members = members_in(run)
     source = open_source(run)
     state = sent_from_first(None if found is None else found.state, ranks)
     initial = {} if state is None else state["initial"]
-    saes = {
-        name: new_sae(run, _without_start(member, initial.get(name)), name, source) for name, member in members.items()
-    }
+    with latents_over(ranks.latents):
+        saes = {
+            name: new_sae(run, _without_start(member, initial.get(name)), name, source)
+            for name, member in members.items()
+        }
     full = resolved(run, members, saes, source)
     trainer = Trainer(
         saes[""] if list(saes) == [""] else saes,
         source,
         {name: member.train for name, member in members.items()},
         loggers={} if folder is None else _loggers(run, folder, members),
-        checkpoints=run.output if folder is None else folder.work / CHECKPOINTS,
+        checkpoints=_checkpoints(run, folder, ranks),
         held_out=_held_out(run, source),
         facts={
             name: RunFacts(name=name, sae=sae, config=full, folder=run.output if folder is None else folder.of(name))
@@ -264,8 +271,13 @@ def _train(
         results = trainer.results()
     else:
         results = _fit(trainer, folder)
-        trainer.checkpoint()
+        if ranks.latents is None:
+            trainer.checkpoint()
     if folder is None:
+        if ranks.latents is not None and not ranks.rank:  # they write their latents, where the first one says
+            for result in results.values():
+                if result.dropped is None:
+                    result.sae.save(run.output)
         return results
     _report(folder, results, full)
     with _writing(folder.work):
@@ -276,6 +288,18 @@ def _train(
             write_comparison(folder.work / COMPARISON, results)
         folder.end()
     return results
+
+
+def _checkpoints(run: RunConfig, folder: RunFolder | None, ranks: Ranks) -> Path | None:
+    """Where checkpoints go; those of dictionaries whose latents are shared out would hold a part."""
+    if ranks.latents is None:
+        return run.output if folder is None else folder.work / CHECKPOINTS
+    require(
+        run.train.checkpoint_every_samples is None and run.train.checkpoint_every_minutes is None,
+        "train: a run whose latents are shared out over processes leaves no checkpoints; say "
+        "checkpoint_every_minutes: null, and nothing of checkpoint_every_samples",
+    )
+    return None
 
 
 def _held_out(run: RunConfig, source: ActivationSource) -> HeldOut | None:
@@ -347,7 +371,7 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> dict[str, TrainResult]:
     except RunStopped:
         raise
     except BaseException as error:
-        if trainer.steps and folder is not None:
+        if trainer.steps and folder is not None and trainer.ranks.latents is None:
             error.add_note(_keep(trainer, folder))
         raise
     finally:
@@ -357,6 +381,10 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> dict[str, TrainResult]:
 def _stopped(trainer: Trainer, folder: RunFolder | None, which: signal.Signals) -> RunStopped:
     if not trainer.steps:
         return RunStopped(f"stopped by {which.name} before the first step", which)
+    if trainer.ranks.latents is not None:
+        return RunStopped(
+            f"stopped by {which.name}; where latents are shared out over processes nothing is kept", which
+        )
     kept = "" if folder is None else _keep(trainer, folder)
     path = trainer.checkpoint()
     return RunStopped(f"stopped by {which.name}; --resume goes on from {path}; {kept}", which)

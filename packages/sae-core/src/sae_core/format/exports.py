@@ -15,6 +15,7 @@ import torch
 from sae_core.config import structure, unstructure
 from sae_core.dictionary import Dictionary, Export
 from sae_core.errors import FormatError
+from sae_core.latent_ranks import latents_over
 from sae_core.plugins import Contribution, get_registry
 
 __all__ = ["check_export", "class_of", "exported", "provider_of", "qualified"]
@@ -22,10 +23,11 @@ __all__ = ["check_export", "class_of", "exported", "provider_of", "qualified"]
 
 def exported(sae: Dictionary) -> Export:
     """``sae.export()``, checked. Raises FormatError that says what is wrong with it."""
-    made = sae.export()
-    if not isinstance(made, Export):
-        raise FormatError(f"{sae.architecture}: export() must return an Export, not {type(made).__name__}")
-    check_export(made, by=sae)
+    with latents_over(sae.ranks):
+        made = sae.export()
+        if not isinstance(made, Export):
+            raise FormatError(f"{sae.architecture}: export() must return an Export, not {type(made).__name__}")
+        check_export(made, by=sae)
     return made
 
 

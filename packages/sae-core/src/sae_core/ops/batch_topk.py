@@ -87,7 +87,10 @@ class BatchTopK(KeepsK):
 
     def over_ranks(self, codes: SparseCodes, ranks: LatentRanks) -> SparseCodes:
         rank = codes.values if self.scale is None else codes.values * self.scale.to(codes.values.dtype)[codes.indices]
-        return best_of_batch(codes, rank, self._total(codes.rows, codes.d_sae * ranks.size), ranks)
+        batch, d_sae = whole_batch(), codes.d_sae * ranks.size
+        position = batch.numbers(codes.row_ids()) * d_sae + ranks.rank * codes.d_sae + codes.indices
+        choosing = ranks if batch.ranks.size == 1 else batch.ranks.world
+        return best_of_batch(codes, rank, position, self._total(codes.rows, d_sae), choosing)
 
     def among(self, codes: SparseCodes) -> SparseCodes:
         """The same choice among entries that are known already."""

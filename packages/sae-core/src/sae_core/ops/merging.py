@@ -42,10 +42,13 @@ def best_of_rows(codes: SparseCodes, ordering: Tensor, k: int, ranks: LatentRank
     return SparseCodes.of_rows(value_RK[row_E, place_E], row_E, index_RK[row_E, place_E], codes.d_sae, (rows,))
 
 
-def best_of_batch(codes: SparseCodes, ordering: Tensor, total: int, ranks: LatentRanks) -> SparseCodes:
+def best_of_batch(
+    codes: SparseCodes, ordering: Tensor, position_E: Tensor, total: int, ranks: LatentRanks
+) -> SparseCodes:
     """Of this rank's entries those among the `total` of the batch with the largest `ordering` (entries,) on all ranks together.
 
-    `ordering` is positive. `codes` hold the `total` best that this rank has, in order of rows and latents.
+    `ordering` is positive, and `position_E` says where entries are in the batch: of equal ones the first stay. `codes` hold the
+    `total` best that this rank has.
     """
     rank_E = ordering.detach()
     proposed_T = rank_E.new_zeros(total)
@@ -60,8 +63,6 @@ def best_of_batch(codes: SparseCodes, ordering: Tensor, total: int, ranks: Laten
     if not bool(least > 0) or not bool(equal_N.sum() > room):  # the same on every rank, as are the numbers
         keep_E |= equal_E
     else:
-        d_sae = codes.d_sae * ranks.size
-        position_E = codes.row_ids() * d_sae + ranks.rank * codes.d_sae + codes.indices
         tied = torch.full((int(equal_N.max()),), torch.iinfo(torch.long).max, device=position_E.device)
         mine = position_E[equal_E]
         tied[: len(mine)] = mine

@@ -17,6 +17,7 @@ class ParallelConfig:
     data: int | Literal["auto"] = option(
         default="auto", help="processes among which every batch is divided; auto: all that were started"
     )
+    latents: int = option(default=1, help="processes over which the latents of every dictionary are shared out")
     timeout_seconds: float = option(
         default=50.0,
         help="how long the others wait in a training step for a process that does not come, before they end",
@@ -25,4 +26,5 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.data == "auto" or self.data > 0, f"data must be positive or auto, not {self.data}")
+        require(self.latents > 0, f"latents must be positive, not {self.latents}")
         require(self.timeout_seconds > 0, f"timeout_seconds must be positive, not {self.timeout_seconds}")

@@ -28,7 +28,6 @@ __all__ = ["agree_on", "is_first", "joined", "require_divisible", "started_ranks
 
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _JOINING: Final = timedelta(seconds=120)
-_EXCHANGE: Final = timedelta(hours=24)  # ranks that do not come are found sooner, and by name
 
 
 def started_ranks() -> int:
@@ -89,14 +88,23 @@ def require_divisible(batch_size: int, processes: int) -> None:
     )
 
 
-def agree_on(parallel: ParallelConfig, ranks: Ranks) -> None:
+def agree_on(parallel: ParallelConfig, ranks: Ranks) -> Ranks:
     """Take the settings of a run file. Raises ConfigError where other processes were started than it asks for."""
+    latents, were = parallel.latents, "was" if ranks.size == 1 else "were"
     require(
-        parallel.data in ("auto", ranks.size),
-        f"parallel.data: {parallel.data} processes are to share the batches, but {ranks.size} "
-        f"{'was' if ranks.size == 1 else 'were'} started; use torchrun --nproc-per-node {parallel.data}, or data: auto",
+        ranks.size % latents == 0,
+        f"parallel.latents: {latents} processes are to share out the latents, but {ranks.size} {were} started; use "
+        f"torchrun --nproc-per-node {latents if parallel.data == 'auto' else latents * parallel.data}, or a multiple",
+    )
+    data = ranks.size // latents
+    require(
+        parallel.data in ("auto", data),
+        f"parallel.data: {parallel.data} processes are to share the batches, but {ranks.size} {were} started"
+        f"{f' for latents: {latents}' if latents > 1 else ''}; use torchrun --nproc-per-node "
+        f"{latents * parallel.data if parallel.data != 'auto' else latents}, or data: auto",
     )
     ranks.set_timeout(parallel.timeout_seconds)
+    return ranks.over(latents)
 
 
 def _join() -> tuple[Ranks, Watch]:
@@ -131,7 +139,7 @@ def _join() -> tuple[Ranks, Watch]:
     watch = Watch(dist.PrefixStore(f"sae-core {again}", client), rank, size)  # pyright: ignore[reportPrivateImportUsage]
     ranks = Ranks(group, watch)
     ranks.everyone(None)  # connections are made here, while everybody is known to come
-    dist.set_timeout(_EXCHANGE, group)
+    ranks.wait_long()
     return ranks, watch
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ALONE", "RankError", "Ranks"]
 
 T = TypeVar("T")
+_EXCHANGE = timedelta(hours=24)  # ranks that do not come are found sooner, and by name
 _COALESCED = 2**20  # elements; smaller tensors travel together
 
 
@@ -45,15 +47,50 @@ class Ranks:
     [[1.0], [2.0]]
     """
 
-    def __init__(self, group: ProcessGroup | None = None, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        watch: Watch | None = None,
+        world: Ranks | None = None,
+        latents: Ranks | None = None,
+    ) -> None:
         self._group, self._watch = group, watch
+        self.world, self.latents = self if world is None else world, latents
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that prints and writes."""
-        return self.rank == 0
+        return self.world.rank == 0
+
+    def over(self, latents: int) -> Ranks:
+        """These ranks as a mesh of `size` / `latents` parts of a batch times `latents` slices of every dictionary.
+
+        What is divided is then told among the ranks that have the same latents; `latents` are those that have the same rows.
+        Whatever concerns the run as a whole is told among all of them, `world`.
+        """
+        if latents == 1:
+            return self
+        from torch.distributed.device_mesh import init_device_mesh
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = init_device_mesh(device, (self.size // latents, latents), mesh_dim_names=("data", "latents"))
+        over_latents = Ranks(mesh.get_group("latents"), self._watch)
+        made = Ranks(mesh.get_group("data"), self._watch, self, over_latents)
+        for each in (over_latents, made):
+            each.whole(
+                torch.zeros(1, device=device), each.size
+            )  # connections are made while everybody is known to come
+            each.wait_long()
+        return made
+
+    def wait_long(self) -> None:
+        """Leave it to the watch to find out who does not come."""
+        import torch.distributed as dist
+
+        if self._group is not None:
+            dist.set_timeout(_EXCHANGE, self._group)
 
     # Division of batches.
 
@@ -122,7 +159,9 @@ class Ranks:
     # Objects.
 
     def told(self, value: T) -> T:
-        """The first rank's value."""
+        """The first rank's value, in the whole world."""
+        if self.world is not self:
+            return self.world.told(value)
         if self.size == 1:
             return value
         import torch.distributed as dist
@@ -133,7 +172,9 @@ class Ranks:
         return values[0]
 
     def everyone(self, value: T) -> list[T]:
-        """Every rank's value."""
+        """Every rank's value, in the whole world."""
+        if self.world is not self:
+            return self.world.everyone(value)
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -144,7 +185,10 @@ class Ranks:
         return values
 
     def sent(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by the first rank's."""
+        """Replace every tensor by the first rank's, in the whole world."""
+        if self.world is not self:
+            self.world.sent(tensors)
+            return
         if self.size == 1:
             return
         import torch.distributed as dist

@@ -20,10 +20,13 @@ def check_that_ranks_agree(
     ranks: Ranks, facts: Mapping[str, Any], initial: Mapping[str, Any], saes: Sequence[SAE]
 ) -> None:
     """Raise ConfigError, on every rank alike, where settings, versions, data or weights are not those of the first rank."""
-    if ranks.size == 1:
+    if ranks.world.size == 1:
         return
     tensors = {
-        f"{number}.{name}": tensor for number, sae in enumerate(saes) for name, tensor in sae.state_dict().items()
+        f"{number}.{name}": tensor
+        for number, sae in enumerate(saes)
+        for name, tensor in sae.state_dict().items()
+        if sae.ranks is None or sae.latent_dimension(name) is None  # others have other latents
     }
     found = ranks.everyone(
         {

@@ -103,6 +103,10 @@ class Learner:
             config.resample_dead_every_samples is None or sae.restarts_latents,
             f"resample_dead_every_samples: latents of {sae.architecture} cannot be restarted; remove it",
         )
+        require(
+            config.resample_dead_every_samples is None or sae.ranks is None,
+            "resample_dead_every_samples: dead latents that are shared out over processes are not restarted; remove it",
+        )
         self.sae = sae
         self.config = config
         self.ranks = ranks
@@ -133,6 +137,7 @@ class Learner:
         self._resampled = 0  # since the last record
         self._gathered_rows = 0  # whose gradients wait for the optimiser's step
         self._dead_indices: Tensor | None = None
+        self._dead_elsewhere = 0
         self._bad_since: Tensor | None = None
         self._first_error: Tensor | None = None
         self._best_error = math.inf
@@ -178,10 +183,10 @@ class Learner:
             self._announce(placed)
         self.sae.train()
         if self.steps % self.config.dead_refresh_steps == 0:
-            self._dead_indices = self.dead.indices(self.ranks)
+            self._dead_indices, self._dead_elsewhere = self._find_dead()
             if self.steering is not None:
                 self.steering.adjust(self.ranks)
-        context = self._context(self._dead_indices)
+        context = self._context(self._dead_indices, self._dead_elsewhere)
         self._set_optimizer(rows, context.progress)
         if not self._gathered_rows:
             self.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +201,7 @@ class Learner:
             if gathers:
                 self._mean_of_gathered()
             clip = self.config.grad_clip_norm
-            clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress))
+            clipped_step(self.optimizer, None if clip is None else value_at(clip, context.progress), self.sae)
             with torch.no_grad():
                 self.sae.after_step()
         self.window.add(result, rows, share)
@@ -292,8 +297,9 @@ class Learner:
             )
         error = means.pop("residual") or 0.0
         self._check_progress(means, error)
-        l0, dead = means["l0"], self.dead.indices(self.ranks)
-        self.density = None if l0 is None else l0 / self.sae.d_sae
+        l0, (dead, elsewhere) = means["l0"], self._find_dead()
+        d_sae = self.sae.config.d_sae
+        self.density = None if l0 is None else l0 / d_sae
         known = self.samples > self.dead.after  # before, none can be dead, which says nothing
         record: Record = {
             "step": self.steps,
@@ -302,7 +308,7 @@ class Learner:
             **means,
             **({} if self.steering is None else {"sparsity_coefficient": self.steering.coefficient}),
             **({} if self.config.resample_dead_every_samples is None else {"resampled": self._resampled}),
-            "dead_fraction": (0 if dead is None else dead.numel()) / self.sae.d_sae if known else None,
+            "dead_fraction": (elsewhere + (0 if dead is None else dead.numel())) / d_sae if known else None,
         }
         self._resampled = 0
         self.history.append(record)
@@ -435,11 +441,21 @@ class Learner:
     def _wants_b_dec(self) -> bool:
         return self.config.init_b_dec != "zeros" and self.steps == 0
 
-    def _context(self, dead: Tensor | None) -> StepContext:
+    def _find_dead(self) -> tuple[Tensor | None, int]:
+        """The dead latents that are here, or None where there are none at all, and how many other ranks hold."""
+        found, latents = self.dead.indices(self.ranks), self.sae.ranks
+        if latents is None:
+            return found, 0
+        here = torch.zeros(0, dtype=torch.long, device=self.sae.device) if found is None else found
+        elsewhere = sum(latents.everyone(here.numel())) - here.numel()
+        return (here if here.numel() + elsewhere else None), elsewhere
+
+    def _context(self, dead: Tensor | None, elsewhere: int) -> StepContext:
         return StepContext(
             progress=min(self.samples / self.config.total_samples, 1.0),
             dead=dead,
             density=self.density,
+            dead_elsewhere=elsewhere,
         )
 
     def _set_optimizer(self, rows: int, progress: float) -> None:
@@ -461,7 +477,8 @@ class Learner:
         was = self.sae.training
         few = ActivationBatch(batch.inputs[:2], None if batch.targets is None else batch.targets[:2])
         self.sae.eval()  # running statistics stay as they are
-        context = self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device))
+        elsewhere = 0 if self.sae.ranks is None else self.sae.ranks.size - 1
+        context = self._context(torch.zeros(1, dtype=torch.long, device=self.sae.device), elsewhere)
         with encoder_products(self._form), tallied() as tally:
             output = self.sae.training_step(few, context)
         require(

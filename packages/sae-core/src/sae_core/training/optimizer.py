@@ -7,27 +7,49 @@ Clipping does not rewrite the gradients beforehand: fused Adam divides them by `
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sae_core.dictionary import Dictionary
 
 __all__ = ["clipped_step"]
 
 
 @torch.no_grad()
-def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
+def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float | None, sae: Dictionary | None = None) -> None:
     """One step of a fused `optimizer`, with the gradients of its parameters clipped to a norm of `max_norm`.
 
-    Gradients are divided where they lie, so afterwards they are the clipped ones.
+    Gradients are divided where they lie, so afterwards they are the clipped ones. Where the latents of `sae`, whose parameters
+    these are, are shared out over ranks, the norm is that of the gradients of all of them.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if max_norm is None or not gradients:
+    if max_norm is None or not any(parameter.grad is not None for parameter in parameters):
         optimizer.step()
         return
-    precision = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-    norms = [torch.linalg.vector_norm(g, dtype=dtype).float() for g, dtype in zip(gradients, precision, strict=True)]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    divided: set[int] = set()
+    if sae is not None and sae.ranks is not None:
+        divided = {
+            id(parameter) for name, parameter in sae.named_parameters() if sae.latent_dimension(name) is not None
+        }
+    norm = _norm([parameter.grad for parameter in parameters if id(parameter) not in divided])
+    if sae is not None and sae.ranks is not None:
+        squares = _norm([parameter.grad for parameter in parameters if id(parameter) in divided]).square().reshape(1)
+        sae.ranks.add([squares])
+        norm = (norm.square() + squares[0]).sqrt()
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue] - read by the fused kernel
     try:
         optimizer.step()
     finally:
         del optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _norm(gradients: list[Tensor | None]) -> Tensor:
+    """The Euclidean norm of all of them together."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    precision = [torch.promote_types(gradient.dtype, torch.float32) for gradient in found]
+    norms = [torch.linalg.vector_norm(g, dtype=dtype).float() for g, dtype in zip(found, precision, strict=True)]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

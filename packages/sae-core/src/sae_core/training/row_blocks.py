@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae_core.dictionary import Dictionary, StepContext, StepOutput
+from sae_core.latent_ranks import latents_over
 from sae_core.ops.dispatch import prefer_sparse
 from sae_core.ops.gradient_sums import summed
 from sae_core.protocols import ActivationBatch
@@ -70,6 +71,11 @@ def forward_and_backward(
     sae: Dictionary, batch: ActivationBatch, context: StepContext, weight: float = 1.0
 ) -> StepResult:
     """One step's passes; gradients, those of the loss times `weight`, are added to the parameters' ``.grad``."""
+    with latents_over(sae.ranks):
+        return _forward_and_backward(sae, batch, context, weight)
+
+
+def _forward_and_backward(sae: Dictionary, batch: ActivationBatch, context: StepContext, weight: float) -> StepResult:
     rows = batch.inputs.numel() // sae.d_in
     blocks = -(-rows * sae.d_sae // _BLOCK_ENTRIES)
     dense = not prefer_sparse(d_sae=sae.d_sae, density=context.density, device=sae.device)
@@ -89,7 +95,7 @@ def forward_and_backward(
             results.append(StepResult.of(output, share))
             del output, found
             if context.density is None and sae.device.type == "cpu":  # the other blocks need not look
-                context = dataclasses.replace(context, density=float(results[0].l0.double().mean()) / sae.d_sae)
+                context = dataclasses.replace(context, density=float(results[0].l0.double().mean()) / sae.config.d_sae)
     for parameter, gradient, dense_sum in zip(parameters, gradients, sums, strict=True):
         parameter.grad = _added(parameter.grad, _added(gradient, dense_sum.total))
     return _joined(results)

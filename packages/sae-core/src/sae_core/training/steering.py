@@ -76,7 +76,7 @@ class CoefficientSteering:
         value = getattr(sae.config, name)
         if isinstance(value, Schedule) or value <= 0:
             raise ConfigError(f"target_l0 steers {name}, so it must be a positive number to start from, not {value}")
-        require(target <= sae.d_sae, f"target_l0 must lie in (0, d_sae = {sae.d_sae}], not {target}")
+        require(target <= sae.config.d_sae, f"target_l0 must lie in (0, d_sae = {sae.config.d_sae}], not {target}")
         self._sae, self._field = sae, name
         self.started_at = float(value)
         self._adjustments = max(steps / every, 1.0)

@@ -132,6 +132,10 @@ class Trainer:
         self._shared = _shared_settings(configs)
         require_divisible(self._shared.batch_size, ranks.size)
         self.ranks = ranks
+        require(
+            checkpoints is None or all(sae.ranks is None for sae in named.values()),
+            "checkpoints: the state of dictionaries whose latents are shared out over processes cannot be saved; leave it out",
+        )
         wirings = {
             name: Wiring.between(sae, source, _quoted(name)) if isinstance(source, ActivationSource) else None
             for name, sae in named.items()
@@ -309,7 +313,7 @@ class Trainer:
         On several ranks it is enough when one of them is asked.
         """
         self._asked_to_stop = True
-        if self.ranks.size == 1:
+        if self.ranks.world.size == 1:
             self._stop = True
 
     def step(self, batch: Batch) -> StepResult:
@@ -342,6 +346,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All learners, the stream's place, resumable loggers, and the facts that must be the same when training goes on."""
+        require(
+            all(learner.sae.ranks is None for learner in self.learners.values()),
+            "the state of dictionaries whose latents are shared out over processes cannot be saved",
+        )
         for learner in self.learners.values():
             learner.settle()
         loggers = {
@@ -537,7 +545,7 @@ class Trainer:
         if record is not None:
             if self._held_out is not None:
                 with self.ranks.in_step(False):
-                    if self.ranks.first:
+                    if not self.ranks.rank:  # with all that share out the latents
                         self._held_out(self.learners[name], record)
                     record.update(self.ranks.told(record))
             self.log(record, name)
@@ -586,10 +594,10 @@ class Trainer:
             and minutes is not None
             and time.monotonic() - self._saved_at[1] >= 60 * minutes
         )
-        if self.ranks.size == 1:
+        if self.ranks.world.size == 1:
             return due
         asked = torch.tensor([self._asked_to_stop, due and self.ranks.first], dtype=torch.int32)
-        self._stop, due = map(bool, self.ranks.most(asked).tolist())
+        self._stop, due = map(bool, self.ranks.world.most(asked).tolist())
         return due
 
     def _samples_are_due(self) -> bool:
