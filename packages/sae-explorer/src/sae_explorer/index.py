@@ -26,7 +26,7 @@ from sae_lm.studies import StudyFolder
 __all__ = ["COLUMNS", "INDEX_FILE", "SORTS", "Query", "build_index", "fires_on", "search", "words_of"]
 
 INDEX_FILE = "explorer.sqlite"
-_VERSION = "1"
+_VERSION = "2"
 _BLOCK = 1024
 _CONTEXTS = 3
 _TOKENS = 6
@@ -100,8 +100,8 @@ def build_index(study: StudyFolder) -> Path:
             for numbers, words in _rows(study):
                 database.executemany("INSERT INTO latents VALUES (?, ?, ?, ?, ?, ?, ?)", numbers)
                 database.executemany("INSERT INTO words (rowid, tokens, promotes, context) VALUES (?, ?, ?, ?)", words)
-            for column in ("density", "largest", "mean"):
-                database.execute(f"CREATE INDEX by_{column} ON latents ({column})")
+            for column, others in (("density", "largest"), ("largest", "density"), ("mean", "density, largest")):
+                database.execute(f"CREATE INDEX by_{column} ON latents ({column}, {others})")
             database.executemany("INSERT INTO about VALUES (?, ?)", [("study", fingerprint), ("version", _VERSION)])
             database.commit()
         Path(temporary).chmod(0o666 & ~umask())
@@ -119,29 +119,40 @@ def search(index: Path, query: Query, labels: Path | None = None) -> tuple[int, 
         else:
             database.execute("ATTACH ':memory:' AS own")
             database.execute("CREATE TABLE own.labels (latent INTEGER PRIMARY KEY, label TEXT, note TEXT)")
+        database.execute("PRAGMA temp_store = MEMORY")
         hits, given = _hits(query.text)
-        conditions = ["l.density >= ?", "l.density <= ?", "l.largest >= ?"]
-        values: list[Any] = [*given, query.min_density, query.max_density, query.min_largest]
+        if hits:
+            database.execute(f"CREATE TEMP TABLE hits AS {hits}", given)
+        # Only what restricts: without a condition, the count and an order are read off an index.
+        bounds = [
+            ("l.density >= ?", query.min_density, query.min_density > 0),
+            ("l.density <= ?", query.max_density, query.max_density < 1),
+            ("l.largest >= ?", query.min_largest, query.min_largest > 0),
+        ]
+        conditions = [condition for condition, _, restricts in bounds if restricts]
+        values = [value for _, value, restricts in bounds if restricts]
         if query.labelled:
-            conditions.append("n.latent IS NOT NULL")
+            conditions.append("l.latent IN (SELECT latent FROM own.labels)")
         body = (
-            f"FROM {'hits JOIN latents l USING (latent)' if hits else 'latents l'} LEFT JOIN own.labels n "
-            f"ON n.latent = l.latent WHERE {' AND '.join(conditions)}"
-        )
+            f"FROM {'hits JOIN latents l USING (latent)' if hits else 'latents l'}"
+            + (f" WHERE {' AND '.join(conditions)}" if conditions else "")
+        )  # fmt: skip
+        (total,) = database.execute(f"SELECT count(*) {body}", values).fetchone()
         sort = query.sort if query.sort != "match" else ("rank" if hits else "largest")
         down = query.descending if query.sort != "match" else not hits
         order = f"ORDER BY {'hits.rank' if sort == 'rank' else f'l.{sort}'} {'DESC' if down else 'ASC'}, l.latent"
-        (total,) = database.execute(f"{hits} SELECT count(*) {body}", values).fetchone()
         found = database.execute(
-            f"{hits} SELECT l.latent, l.density, l.count, l.largest, l.mean, l.tokens, l.promotes, coalesce(n.label, ''), "
-            f"coalesce(n.note, '') {body} {order} LIMIT ? OFFSET ?",
+            "SELECT l.latent, l.density, l.count, l.largest, l.mean, l.tokens, l.promotes, coalesce(n.label, ''), "
+            "coalesce(n.note, '') FROM latents l LEFT JOIN own.labels n ON n.latent = l.latent JOIN "
+            f"(SELECT l.latent, row_number() OVER ({order}) AS place {body} {order} LIMIT ? OFFSET ?) chosen "
+            "ON chosen.latent = l.latent ORDER BY chosen.place",
             [*values, query.limit, query.offset],
         )
         return int(total), [dict(zip(COLUMNS, row, strict=True)) for row in found]
 
 
 def _hits(text: str) -> tuple[str, list[Any]]:
-    """A table of latents that fit the words, and the values for it; nothing where there are no words."""
+    """A query of the latents that fit the words, with their ranks, and the values for it; nothing where there are no words."""
     text = text.strip()
     if not text:
         return "", []
@@ -159,7 +170,7 @@ def _hits(text: str) -> tuple[str, list[Any]]:
         parts.append("SELECT ?, -1e6")
         values.append(int(text.lstrip("#")))
     union = " UNION ALL ".join(parts)
-    return f"WITH hits AS (SELECT latent, min(rank) AS rank FROM ({union}) GROUP BY latent)", values
+    return f"SELECT latent, min(rank) AS rank FROM ({union}) GROUP BY latent", values
 
 
 def _is_current(path: Path, fingerprint: str) -> bool:
