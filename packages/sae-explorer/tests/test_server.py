@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_dictionaries_of_different_models_are_refused_before_any_study(world: Pa
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with listen() as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on
         port = listening.getsockname()[1]
         assert main(["explore", "nowhere", "--port", str(port)]) == 1
     assert f"port {port} cannot be had" in capsys.readouterr().err
