@@ -99,6 +99,11 @@ def test_what_a_run_would_refuse_its_plan_refuses(run_file: Path, capsys: Any) -
     assert "kk" in capsys.readouterr().err
 
 
+def test_a_plan_of_shared_out_latents_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(run_file), "--set", "parallel.latents=2"]) == 1
+    assert "a plan knows runs in which every process holds whole dictionaries" in capsys.readouterr().err
+
+
 def test_a_plan_for_several_processes_says_what_each_of_them_receives(run_file: Path) -> None:
     found = json.loads(command("plan", str(run_file), "--json", "--set", "parallel.data=4", "--set", "sae.d_sae=1024"))
     weights = 4 * (2 * 256 * 1024 + 1024 + 256)

@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sae_core.config import require
 from sae_core.data.wiring import Wiring
 from sae_core.format.exports import exported
 from sae_core.ops.memory import large_memory_is_kept
@@ -71,6 +72,11 @@ def plan(run: RunConfig) -> Plan:
     """Look at a run, with its source loaded where that fits. Raises what the run itself would raise before it begins."""
     import dataclasses
 
+    require(
+        run.parallel.latents == 1,
+        f"parallel.latents: {run.parallel.latents}: a plan knows runs in which every process holds whole dictionaries; plan with "
+        "parallel.latents=1 and divide weights, gradients and moments by the processes that share out the latents",
+    )
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
     processes = started_ranks() if run.parallel.data == "auto" else run.parallel.data
