@@ -74,8 +74,8 @@ def plan(run: RunConfig) -> Plan:
 
     require(
         run.parallel.latents == 1,
-        f"parallel.latents: {run.parallel.latents}: a plan knows runs in which every process holds whole dictionaries; plan with "
-        "parallel.latents=1 and divide weights, gradients and moments by the processes that share out the latents",
+        f"parallel.latents: {run.parallel.latents}: a plan knows runs in which every process holds whole dictionaries; plan "
+        "with parallel.latents=1 and divide weights, gradients and moments by the processes that share out the latents",
     )
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
