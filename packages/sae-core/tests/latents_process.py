@@ -39,7 +39,7 @@ def trained(case: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         made.sae.save(saved)
     return {
         "history": made.history,
-        "latents": made.sae.latents,
+        "latents": made.sae.latent_range,
         "weights": {name: tensor.clone() for name, tensor in made.sae.state_dict().items()},
         "silent": made.learner.dead.samples_since_fired.clone(),
         "saved": saved,

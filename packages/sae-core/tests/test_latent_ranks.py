@@ -119,7 +119,7 @@ def _step(sae: SAE) -> dict[str, Tensor]:
     """Losses, the output, gradients and counts of a step, and what follows it in eval mode."""
     from sae_core.protocols import ActivationBatch
 
-    here = [number - sae.latents.start for number in DEAD.tolist() if number in sae.latents]
+    here = [number - sae.latent_range.start for number in DEAD.tolist() if number in sae.latent_range]
     context = StepContext(progress=0.5, dead=torch.tensor(here, dtype=torch.long), dead_elsewhere=len(DEAD) - len(here))
     output = sae.training_step(ActivationBatch(*_batch(sae)), context)
     output.loss.backward()
@@ -144,7 +144,7 @@ def test_a_step_over_ranks_is_that_of_one_process(form: str, size: int) -> None:
     def on_rank(ranks: ThreadRanks) -> tuple[range, dict[str, Tensor]]:
         with latents_over(ranks):
             sae = _sae(form)
-        return sae.latents, _step(sae)
+        return sae.latent_range, _step(sae)
 
     whole = _sae(form)
     expected = _step(whole)
@@ -225,7 +225,7 @@ def test_ranks_write_the_bytes_that_one_process_writes_and_read_their_own(form: 
                 assert sae.save(tmp_path / "ranks") == tmp_path / "ranks"
             loaded = SAE.load(tmp_path / "ranks", dtype=sae.dtype)
             trained = SAE.load(tmp_path / "ranks", form="training", dtype=sae.dtype)
-        assert (loaded.d_sae, loaded.config.d_sae, loaded.latents) == (D_SAE // size, D_SAE, sae.latents)
+        assert (loaded.d_sae, loaded.config.d_sae, loaded.latent_range) == (D_SAE // size, D_SAE, sae.latent_range)
         return [(each.latents, each.state_dict()) for each in (loaded, trained)]
 
     made().save(tmp_path / "one")

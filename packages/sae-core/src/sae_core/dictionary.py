@@ -241,7 +241,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         super().__init__()
         self.config = config
         self.ranks = current_ranks()
-        self.latents = latents_here(config.d_sae, self.ranks)
+        self.latent_range = latents_here(config.d_sae, self.ranks)
         if self.ranks is not None and not self.shares_out_latents:
             raise ConfigError(
                 f"{self.architecture}: latents of this architecture cannot be shared out over ranks; keep them on one"
@@ -354,7 +354,7 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
     @property
     def d_sae(self) -> int:
         """Number of latents that are here: the width of the dictionary, or this rank's part of it."""
-        return len(self.latents)
+        return len(self.latent_range)
 
     @property
     def d_out(self) -> int:

@@ -92,7 +92,7 @@ class MatryoshkaBatchTopKSAE(BatchSelectingSAE[MatryoshkaBatchTopKConfig]):
             return self.auxiliary(prepared, residuals[-1], dead, norms)
         total = prepared.z.new_zeros(())
         for (start, end), residual in zip(pairwise((0, *self.config.levels)), residuals, strict=True):
-            numbers = dead.indices + self.latents.start
+            numbers = dead.indices + self.latent_range.start
             added = dead.where((numbers >= start) & (numbers < end))
             if added.total:
                 total = total + self.auxiliary(prepared, residual, added, norms)

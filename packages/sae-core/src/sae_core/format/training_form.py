@@ -119,7 +119,7 @@ def _here(sae: Dictionary, name: str, tensor: Tensor) -> Tensor:
         return tensor
     if tensor.dim() <= latent or tensor.shape[latent] != sae.config.d_sae:
         return tensor  # which does not fit, as the caller says
-    return tensor.narrow(latent, sae.latents.start, sae.d_sae).clone()
+    return tensor.narrow(latent, sae.latent_range.start, sae.d_sae).clone()
 
 
 def _with_training_config(sae: Dictionary, path: Path) -> Dictionary:
