@@ -226,7 +226,7 @@ def test_ranks_write_the_bytes_that_one_process_writes_and_read_their_own(form: 
             loaded = SAE.load(tmp_path / "ranks", dtype=sae.dtype)
             trained = SAE.load(tmp_path / "ranks", form="training", dtype=sae.dtype)
         assert (loaded.d_sae, loaded.config.d_sae, loaded.latent_range) == (D_SAE // size, D_SAE, sae.latent_range)
-        return [(each.latents, each.state_dict()) for each in (loaded, trained)]
+        return [(each.latent_range, each.state_dict()) for each in (loaded, trained)]
 
     made().save(tmp_path / "one")
     parts = on_ranks(size, on_rank)
