@@ -1,7 +1,7 @@
 """How long the pages of ``sae-core explore`` take with many latents on disk, and how much memory the server has.
 
     python benchmarks/explorer.py
-    python benchmarks/explorer.py --tokens 4000 16000 64000 --folder /tmp/explorer   # keeps what it makes, and finds it again
+    python benchmarks/explorer.py --tokens 4000 16000 64000 --folder explorer-numbers  # keeps what it makes, and finds it again
 
 A dictionary of random directions, 65,536 of them, on SmolLM2-135M is studied, once for each number of tokens; then the real
 server runs on each study in a process of its own and is asked over HTTP, as the page asks it. "first page" is everything that

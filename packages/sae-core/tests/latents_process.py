@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from sae_core.latent_ranks import latents_over
 from sae_core.parallel.ranks import ALONE, Ranks
 
 _shared = runpy.run_path(str(Path(__file__).with_name("ranks_process.py")))
-source, make = _shared["source"], _shared["trainer"]
+source, make, in_processes = _shared["source"], _shared["trainer"], _shared["in_processes"]
 CASES: dict[str, dict[str, Any]] = {
     "topk": {"grad_clip_norm": 0.5},
     "batchtopk": {},
@@ -63,33 +61,16 @@ def run_file(path: Path) -> None:
     assert main(["train", str(path)]) == 0
 
 
-def in_processes(size: int, port: str, what: Callable[[Path], None], folder: Path) -> bool:
-    """Whether `what` ended well in so many processes that come from this one."""
-    os.environ.update({"WORLD_SIZE": str(size), "MASTER_PORT": port})
-    children: list[int] = []
-    for rank in range(size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        try:
-            what(folder)
-        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return all([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children])  # noqa: C419 - of all
-
-
 def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     torch.save({name: trained(name, ALONE, folder) for name in CASES}, folder / "alone.pt")
     run_file(folder / "one.yaml")
-    ended_well = in_processes(4, sys.argv[2], on_four_ranks, folder)
-    return 0 if ended_well and in_processes(2, sys.argv[3], run_file, folder / "both.yaml") else 1
+    os.environ["MASTER_PORT"] = sys.argv[2]
+    ended_well = in_processes(4, on_four_ranks, folder)
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    return 0 if ended_well and in_processes(2, run_file, folder / "both.yaml") else 1
 
 
 if __name__ == "__main__":

@@ -226,6 +226,25 @@ def on_four_ranks(folder: Path) -> None:
             torch.save(found, folder / f"found-{everybody.rank}.pt")
 
 
+def in_processes(size: int, what: Callable[[Path], None], folder: Path) -> bool:
+    """Whether `what` ended well in so many processes that come from this one."""
+    os.environ["WORLD_SIZE"] = str(size)
+    children: list[int] = []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        try:
+            what(folder)
+        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return all([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children])  # noqa: C419 - of all
+
+
 def main() -> int:
     """Run the cases in this process, and then in four that come from it and need not import everything again."""
     folder = Path(sys.argv[1])
@@ -233,20 +252,7 @@ def main() -> int:
     warnings.simplefilter("error")
     alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(("from", "other"))}
     torch.save(alone, folder / "alone.pt")
-    children: list[int] = []
-    for rank in range(4):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"})
-        try:
-            on_four_ranks(folder)
-        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+    return 0 if in_processes(4, on_four_ranks, folder) else 1
 
 
 if __name__ == "__main__":

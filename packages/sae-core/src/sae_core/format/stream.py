@@ -115,15 +115,9 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
 
 
-def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Any]]:
-    """The bytes of all tensors with their names, a few megabytes at a time.
-
-    A piece is valid until the one after the next is asked for.
-    """
-    for name, tensor in ordered:
-        turned = tensor.dim() == 2 and not tensor.is_contiguous()
-        for piece in _turned_pieces(tensor) if turned else _bytes(tensor.contiguous()).split(_PIECE_BYTES):
-            yield name, _buffer(piece)
+def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, memoryview]]:
+    """The bytes of all tensors with their names; see `pieces_of_rows`."""
+    return ((name, piece) for name, tensor in ordered for piece in pieces_of_rows(tensor))
 
 
 def _turned_pieces(tensor: Tensor) -> Iterator[Tensor]:

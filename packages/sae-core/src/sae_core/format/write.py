@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -67,8 +67,8 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
         return _save_over_ranks(sae, sae.ranks, path, overwrite=overwrite)
     what = _contents(sae, path)
     with ThreadPoolExecutor(1) as beside:
-        finite = beside.submit(_check_finite, what.tensors, path)  # known before anything takes its place
-        _save(what, path, finite, _write_alone, overwrite=overwrite)
+        looked = beside.submit(_check_finite, what.tensors, path)
+        _save(what, path, looked.result, _write_alone, overwrite=overwrite)
     return path
 
 
@@ -125,14 +125,12 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
             }
         )
         return path
-    finite: Future[None] = Future()
-    finite.set_result(None)
     wrong: str | None = "the first rank was stopped while it saved"
     try:
         _save(
             what,
             path,
-            finite,
+            lambda: None,  # looked at above
             lambda at, name, tensors, said: writer.write(at, name, parts(name, tensors), said),
             overwrite=overwrite,
         )
@@ -145,7 +143,8 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
     return path
 
 
-def _save(what: _Contents, path: Path, finite: Future[None], write: Write, *, overwrite: bool) -> None:
+def _save(what: _Contents, path: Path, check: Callable[[], None], write: Write, *, overwrite: bool) -> None:
+    """Write it all with `write`; `check` raises what is wrong with the tensors before anything takes its place."""
     training = what.training
     with trouble(path, "writing"):
         if path.exists() and not path.is_dir():
@@ -153,22 +152,22 @@ def _save(what: _Contents, path: Path, finite: Future[None], write: Write, *, ov
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_dir():
             _sweep_folders(path)
-            if _write_new(path, what, finite, write):
+            if _write_new(path, what, check, write):
                 return
         with locked(path):
             _refuse_folders(path, training is not None)
             settle(path)
             if not overwrite:
                 _refuse_strangers(path, training is not None)
-            _write_into(path, what, finite, write)
+            _write_into(path, what, check, write)
 
 
-def _write_new(path: Path, what: _Contents, finite: Future[None], write: Write) -> bool:
+def _write_new(path: Path, what: _Contents, check: Callable[[], None], write: Write) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = unique_folder(path)
     try:
         with locked(temporary):  # so that nobody sweeps it
-            _write_into(temporary, what, finite, write)
+            _write_into(temporary, what, check, write)
             try:
                 temporary.rename(path)
             except OSError:
@@ -271,7 +270,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def _write_into(folder: Path, what: _Contents, finite: Future[None], write: Write) -> None:
+def _write_into(folder: Path, what: _Contents, check: Callable[[], None], write: Write) -> None:
     cfg, tensors, training, _ = what
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
@@ -284,7 +283,7 @@ def _write_into(folder: Path, what: _Contents, finite: Future[None], write: Writ
         for path in (weights, config, *([trained] if trained else [])):
             sync_file(path)
             path.chmod(0o666 & ~umask())
-        finite.result()
+        check()
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
         if trained is not None:
