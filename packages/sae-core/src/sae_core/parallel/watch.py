@@ -148,7 +148,12 @@ class Watch:
                 self._heard[rank], heard = (beat, now), now
             if now - heard > self.silent:
                 self._accuse(rank, f"has ended or is frozen: no sign of life for {now - heard:.0f} seconds ({who})")
-            elif waited > self.timeout and int(done) < self._done and expected == "1":
+            elif (
+                waited > self.timeout
+                and int(done) < self._done
+                and expected == "1"
+                and now - heard < self.silent / 2  # one that has been silent for longer is soon known to be gone
+            ):
                 self._accuse(rank, f"hangs: the others have waited for it for {waited:.0f} seconds ({who})")
 
     def _accuse(self, rank: int, what: str) -> None:
