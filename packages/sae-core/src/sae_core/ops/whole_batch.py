@@ -84,20 +84,21 @@ class WholeBatch:
             return torch.kthvalue(value_E, value_E.numel() - k + 1).values.clamp_min(0)
         wide = value_E.dtype == torch.float64
         bits_E = value_E.to(torch.float64 if wide else torch.float32).view(torch.int64 if wide else torch.int32)
-        bits_E = bits_E[value_E > 0].long()
+        bits_E = bits_E[value_E > 0]
         found, left, low = 0, k, 63 if wide else 31
         while low:
             width = min(_BITS, low)
             low -= width
-            count = torch.bincount((bits_E >> low) & (2**width - 1), minlength=2**width)
+            next_E = (bits_E >> low).sub_(found << width)
+            count = torch.bincount(next_E, minlength=2**width)
             self.ranks.add([count])
-            above = count.flip(0).cumsum(0).flip(0)  # how many have these bits or larger ones
-            if low + width == (63 if wide else 31) and int(above[0]) < k:
+            above = count.flip(0).cumsum(0).flip(0).tolist()  # how many have these bits or larger ones
+            if not found and above[0] < left:
                 return value_E.new_zeros(())
-            digit = int((above >= left).sum()) - 1
-            left -= int(above[digit + 1]) if digit + 1 < 2**width else 0
+            digit = sum(number >= left for number in above) - 1
+            left -= above[digit + 1] if digit + 1 < 2**width else 0
             found = found << width | digit
-            bits_E = bits_E[bits_E >> low == found]
+            bits_E = bits_E[next_E == digit]
         whole = torch.tensor(found, dtype=torch.int64 if wide else torch.int32)
         return whole.view(torch.float64 if wide else torch.float32).to(value_E)
 
