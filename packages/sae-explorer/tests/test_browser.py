@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sae_core.cli import main
 from sae_explorer.playing import Model
 
 HOSTILE = "<img src=x onerror=document.title='hacked'> שלום\u202e 👩‍👩‍👧 \u200b'; DROP TABLE labels"
@@ -150,41 +148,39 @@ def test_nothing_is_cut_off_or_moves(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.slow
-def test_a_server_that_is_killed_loses_no_label(
-    serve: Callable[..., str], copied: Path, new_page: Callable[..., Any]
+def test_what_the_command_serves_leaves_every_label_behind_when_it_is_killed(
+    serve: Callable[..., str],
+    copied: Path,
+    new_page: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import httpx
+    import uvicorn
     from playwright.sync_api import expect
 
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from sae_core.cli import main; sys.exit(main())",
-        "explore",
-        str(copied),
-        "--device",
-        "cpu",
-    ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdout is not None
-        try:
-            address = next(line for line in process.stdout if line.startswith("open ")).split()[1]
-            origin = address.rsplit("/", 2)[0]
-            body = {"dictionary": str(copied), "latent": 9, "label": "kept", "note": ""}
-            assert (
-                httpx.post(f"{address}api/label", json=body, headers={"origin": origin}, timeout=20).status_code == 200
-            )
-            assert (
-                httpx.post(f"{origin}/api/label", json=body, headers={"origin": origin}, timeout=20).status_code == 403
-            )
-        finally:
-            process.send_signal(signal.SIGKILL)
-    page = new_page(serve(copied) + "#/latent/9")
+    servers: list[uvicorn.Server] = []
+    run = uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, **given: servers.append(self) or run(self, **given))
+    ended: list[int] = []
+    command = threading.Thread(target=lambda: ended.append(main(["explore", str(copied), "--device", "cpu"])))
+    command.start()
+    try:
+        while command.is_alive() and not (servers and servers[0].started):
+            time.sleep(0.01)
+        address = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("open ")).split()[1]
+        origin = address.rsplit("/", 2)[0]
+        body = {"dictionary": str(copied), "latent": 9, "label": "kept", "note": ""}
+        sent = {"json": body, "headers": {"origin": origin}, "timeout": 20}
+        assert httpx.post(f"{address}api/label", **sent).status_code == 200
+        left = shutil.copytree(
+            copied, copied.with_name("left")
+        )  # the files as a process that is killed now leaves them
+        assert httpx.post(f"{origin}/api/label", **sent).status_code == 403
+    finally:
+        for server in servers:
+            server.should_exit = True
+        command.join(20)
+    assert ended == [0]
+    page = new_page(serve(left) + "#/latent/9")
     expect(page.locator("#label")).to_have_value("kept")

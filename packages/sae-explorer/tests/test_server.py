@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,46 @@ def test_latents_on_a_text_are_those_of_the_model(opened: tuple[Any, Model], wor
             active = {n: float(expected[position, n]) for n in expected[position].nonzero().squeeze(1).tolist()}
             assert {n: v for n, v, _ in fired} == pytest.approx(active, rel=1e-3)
             assert [abs(v) for _, v, _ in fired] == sorted((abs(v) for _, v, _ in fired), reverse=True)
-    assert any(effect for fired in found["fired"] for _, _, effect in fired)
+
+
+def test_an_effect_is_what_the_text_s_probability_changes_by(opened: tuple[Any, Model]) -> None:
+    from sae_lm import spliced, steer
+
+    named, model = opened
+    text, lm = "the cat sleeps. the dog runs", model.model
+    found, tokens = model.fires("one", text), torch.tensor([model.tokens(text)])
+    assert found["effects"]
+
+    def probability(latent: int, position: int, by: float) -> float:
+        edit = steer(latent, by, positions=position)
+        with torch.no_grad(), spliced(lm, {"model.layers.1": named["one"].sae}, error_term=True, edit=edit):
+            logits = lm(tokens, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        return float(logits.gather(1, tokens[0, 1:].unsqueeze(1)).sum())
+
+    for position in (1, 4):
+        for latent, value, effect in found["fired"][position][:2]:
+            slope = (probability(latent, position, 0.01) - probability(latent, position, -0.01)) / 0.02
+            assert effect == pytest.approx(value * slope, rel=2e-2, abs=2e-3)
+
+
+def test_a_text_costs_one_pass_and_where_there_are_no_effects_it_stops_at_the_dictionary(
+    opened: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, passed = opened[1], list[int]()
+    latents = [[each[:2] for each in fired] for fired in model.fires("one", "the cat")["fired"]]
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.model.model.layers):
+            handle = layer.register_forward_hook(lambda *_, number=number: passed.append(number))
+            hooks.callback(handle.remove)
+        model.fires("one", "the cat")
+        assert passed == [0, 1, 2]
+        passed.clear()
+        monkeypatch.setitem(model.__dict__, "_predicts_text", False)  # as an encoder
+        silent = model.fires("one", "the cat")
+        assert passed == [0, 1]
+    assert [[each[:2] for each in fired] for fired in silent["fired"]] == latents
+    assert not silent["effects"]
+    assert {effect for fired in silent["fired"] for _, _, effect in fired} == {None}
 
 
 def test_the_untouched_row_is_the_model_and_the_other_is_steered(opened: tuple[Any, Model], world: Path) -> None:

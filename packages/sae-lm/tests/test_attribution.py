@@ -48,6 +48,8 @@ def test_a_share_is_a_value_times_the_derivative_by_it(llama: Any, error_term: b
 
     with edited(llama, {PLACE: put}):
         (slopes,) = torch.autograd.grad(difference(llama(TOKENS)), values)
+    assert torch.allclose(found.codes.values, codes.values, atol=1e-5)
+    assert torch.equal(found.codes.indices, codes.indices)
     assert torch.allclose(found.gradients.values, slopes, atol=1e-5)
     assert torch.allclose(found.latents.values, slopes * codes.values, atol=1e-5)
     assert found.latents.shape == (2, 7, 40)

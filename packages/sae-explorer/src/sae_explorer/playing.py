@@ -9,12 +9,12 @@ looked at while something is generated.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, final
 
 import torch
@@ -22,6 +22,7 @@ from sae_core.codes import SparseCodes
 from sae_core.config import require
 from sae_core.errors import ConfigError, DataError
 from sae_lm.attribution import attribute
+from sae_lm.hooks import capture
 from sae_lm.inputs import model_inputs, positions_of
 from sae_lm.latents import Edit, ablate, clamp, steer
 from sae_lm.model import next_token_logits
@@ -29,6 +30,7 @@ from sae_lm.source import HuggingFaceSource
 from sae_lm.splicing import Splice, spliced
 from sae_lm.tokens import Windows
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from sae_explorer.reading import Studied, finite, shortened
 
@@ -98,24 +100,26 @@ class Model:
         windows = self._windows(torch.tensor([ids]))
         args, kwargs = model_inputs(self.model, windows, self.device)
         with self._lock:
-            with torch.no_grad(), spliced(self.model, {name: Splice(sae, at=at)}, error_term=True) as seen:
-                logits = next_token_logits(self.model, self.model(*args, **kwargs), windows.tokens.to(self.device))
-            codes = seen.latents[name]
-            effects: SparseCodes | None = None
-            if logits is not None and len(ids) > 1:
+            explained = len(ids) > 1 and self._predicts_text
+            if explained:
 
                 def said(output: Any) -> Tensor:
-                    found = next_token_logits(self.model, output, windows.tokens)
-                    assert found is not None
-                    chosen = windows.tokens[:, 1:].to(found.device).unsqueeze(-1)
-                    return found[:, :-1].float().log_softmax(-1).gather(-1, chosen).sum()
+                    logits = next_token_logits(self.model, output, windows.tokens)
+                    assert logits is not None
+                    chosen = windows.tokens[:, 1:].to(logits.device)
+                    return -cross_entropy(logits[0, :-1].float(), chosen[0], reduction="sum")
 
-                effects = attribute(self.model, {at: sae}, said, *args, **kwargs)[at].latents
+                found = attribute(self.model, {at: sae}, said, *args, **kwargs)[at]
+                codes, effects = found.codes, found.latents.values
+            else:
+                with torch.no_grad(), spliced(self.model, {name: Splice(sae, at=at)}, error_term=True) as seen:
+                    capture(self.model, [place.point for place in seen.routes[name].reads], *args, **kwargs)
+                codes, effects = seen.latents[name], None
         return {
             "tokens": [shortened(str(self.tokenizer.decode([token]))) for token in ids],
             "counts": windows.kept[0].tolist(),
             "fired": _per_position(codes, effects),
-            "effects": effects is not None,
+            "effects": explained,
             "seconds": time.perf_counter() - start,
         }
 
@@ -170,6 +174,14 @@ class Model:
             if all(done):
                 return
 
+    @cached_property
+    def _predicts_text(self) -> bool:
+        """Whether there are logits of a next token; a pass over one token says it."""
+        token = torch.tensor([self.tokens("a")[:1]])
+        args, kwargs = model_inputs(self.model, self._windows(token), self.device)
+        with torch.no_grad():
+            return next_token_logits(self.model, self.model(*args, **kwargs), token) is not None
+
     def _step(self, given: Tensor, cache: Any, cached: bool) -> tuple[Tensor, Any]:
         """(2, vocabulary) logits behind the last position, and the key-value cache if the model has one."""
         given = given.to(self.device)
@@ -203,25 +215,18 @@ def counted(slots: threading.Semaphore) -> Generator[bool]:
             slots.release()
 
 
-def _per_position(codes: SparseCodes, effects: SparseCodes | None) -> list[list[list[Any]]]:
-    """For each position of one sequence its strongest latents."""
+def _per_position(codes: SparseCodes, effects: Tensor | None) -> list[list[list[Any]]]:
+    """For each position of one sequence its strongest latents; `effects` are (entries,), as the codes' values."""
     found: list[list[list[Any]]] = []
-    shares = _by_entry(effects) if effects is not None else {}
-    flat = codes.reshape(codes.rows)
-    offsets = flat.row_offsets().tolist()
-    values, indices = flat.values.detach().float().tolist(), flat.indices.tolist()
-    for position in range(codes.rows):
-        entries = range(offsets[position], offsets[position + 1])
-        active = sorted((n for n in entries if values[n]), key=lambda n: -abs(values[n]))[:_PER_TOKEN]
-        found.append(
-            [[indices[n], finite(values[n]), finite(shares.get((position, indices[n]), math.nan))] for n in active]
-        )
+    shares = torch.full_like(codes.values, torch.nan) if effects is None else effects
+    for values, latents, own in zip(
+        *(t.split(codes.row_offsets().diff().tolist()) for t in (codes.values.float(), codes.indices, shares)),
+        strict=True,
+    ):
+        strongest = values.abs().topk(min(_PER_TOKEN, len(values))).indices
+        columns = zip(latents[strongest].tolist(), values[strongest].tolist(), own[strongest].tolist(), strict=True)
+        found.append([[latent, finite(value), finite(share)] for latent, value, share in columns if value])
     return found
-
-
-def _by_entry(codes: SparseCodes) -> dict[tuple[int, int], float]:
-    keys = zip(codes.row_ids().tolist(), codes.indices.tolist(), strict=True)
-    return dict(zip(keys, codes.values.detach().float().tolist(), strict=True))
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -55,9 +55,11 @@ class Shares:
 class Attribution:
     """The shares of one dictionary: `latents` holds each active latent's share in place of its value, of leading shape
     (sequences, positions); `errors` (sequences, positions) is the share of what the dictionary does not capture, zero where
-    dictionaries stand in for activations. `gradients` are the derivatives by the latents' values.
+    dictionaries stand in for activations. `codes` are the latents' values, `gradients` the derivatives by them; all three have
+    the same entries.
     """
 
+    codes: SparseCodes
     latents: SparseCodes
     gradients: SparseCodes
     errors: Tensor
@@ -182,7 +184,7 @@ def integrated_gradients(
         total += torch.autograd.grad(value, values)[0]
     mean = total / steps
     shape = codes.leading_shape
-    return Attribution(codes.with_values(mean * codes.values), codes.with_values(mean), torch.zeros(shape))
+    return Attribution(codes, codes.with_values(mean * codes.values), codes.with_values(mean), torch.zeros(shape))
 
 
 def shares_of(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[Shares, Tensor]:
@@ -198,12 +200,14 @@ def shares_of(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[Shares, Tenso
 def _slopes(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[SparseCodes, Tensor, Tensor]:
     """Codes of `x`, the derivative of output · gradient by each entry's value, and the output."""
     x = x.detach().to(sae.device, sae.dtype)
-    with evaluating(sae), torch.enable_grad():
-        codes = sae.encode_sparse(x).detach()
-        values = codes.values.requires_grad_()
-        y = sae.decode(codes.with_values(values), x=x)
-        (slopes,) = torch.autograd.grad(y, values, gradient.to(y).view(y.shape))
-    return codes.detach(), slopes.detach(), y.detach()
+    with evaluating(sae):
+        with torch.no_grad():
+            codes = sae.encode_sparse(x)
+        with torch.enable_grad():
+            values = codes.values.detach().requires_grad_()
+            y = sae.decode(codes.with_values(values), x=x)
+            (slopes,) = torch.autograd.grad(y, values, gradient.to(y).view(y.shape))
+    return codes, slopes, y.detach()
 
 
 def _attributed(sae: SAE[Any], x: Tensor, gradient: Tensor, target: Tensor, error_term: bool) -> Attribution:
@@ -211,7 +215,7 @@ def _attributed(sae: SAE[Any], x: Tensor, gradient: Tensor, target: Tensor, erro
     errors = torch.zeros(y.shape[:-1], device=target.device)
     if error_term:
         errors = ((target.float() - y.to(target.device).float()) * gradient.float()).sum(-1)
-    return Attribution(codes.with_values(slopes * codes.values), codes.with_values(slopes), errors)
+    return Attribution(codes, codes.with_values(slopes * codes.values), codes.with_values(slopes), errors)
 
 
 def _own(place: Place, gradient: Tensor) -> Tensor:
