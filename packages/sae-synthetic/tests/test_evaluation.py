@@ -159,6 +159,8 @@ def test_a_scaler_scales_what_the_sae_reads_and_its_output_back(world: World) ->
     assert scaled.shrinkage == pytest.approx(plain.shrinkage, abs=1e-5)
     unscaled = eval_sae_on_synthetic_data(sae, features, generator, 500)
     assert unscaled.explained_variance < plain.explained_variance - 0.1
+    with pytest.raises(ConfigError, match=r"activation_scaler: 10\.0 has no methods scale and unscale"):
+        eval_sae_on_synthetic_data(sae, features, generator, 500, activation_scaler=10.0)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_result_is_made_of_what_sae_lens_measures() -> None:

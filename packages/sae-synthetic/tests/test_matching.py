@@ -113,8 +113,9 @@ def test_half_precision_and_gradients_are_no_hindrance() -> None:
 def test_what_cannot_be_matched_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"one width, found \(3, 4\) and \(3, 5\)"):
         match_features(torch.ones(3, 4), torch.ones(3, 5))
-    with pytest.raises(ShapeError, match="two matrices"):
-        match_features(torch.ones(0, 4), torch.ones(3, 4))
+    for name, sizes in (("first", (0, 3)), ("second", (3, 0))):
+        with pytest.raises(ShapeError, match=f"the {name} matrix has no rows"):
+            mean_correlation_coefficient(*(torch.ones(size, 4) for size in sizes))
     with pytest.raises(DataError, match="second matrix has values that are not finite"):
         match_features(torch.ones(2, 2), torch.tensor([[1.0, float("nan")]]))
 

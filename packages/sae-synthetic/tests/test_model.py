@@ -57,6 +57,7 @@ def test_a_model_saved_by_sae_lens_opens_and_is_what_its_config_makes_here(golde
     stored = load_file(folder / "synthetic_model.safetensors")
     assert torch.equal(opened.feature_dict.feature_vectors.detach(), stored["feature_vectors"])
     assert torch.equal(opened.feature_dict.bias.detach(), stored["bias"])
+    assert opened.feature_dict.bias.requires_grad  # as in a model that is made: its bias is not False
     assert torch.equal(opened.activation_generator.firing_probabilities, stored["firing_probabilities"])
     made = SyntheticModel(opened.cfg)
     for name in ("firing_probabilities", "mean_firing_magnitudes", "std_firing_magnitudes"):

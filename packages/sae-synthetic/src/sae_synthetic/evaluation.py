@@ -101,6 +101,10 @@ def eval_sae_on_synthetic_data(
         "eval_sae_on_synthetic_data: a transcoder writes other activations than it reads; eval_sae_on_multi_site_model "
         "scores it on a world that has both",
     )
+    require(
+        activation_scaler is None or isinstance(activation_scaler, ActivationScaler),
+        f"activation_scaler: {activation_scaler!r} has no methods scale and unscale",
+    )
     if sae.d_in != feature_dict.hidden_dim or feature_dict.num_features != activations_generator.num_features:
         raise ConfigError(
             f"the SAE has d_in {sae.d_in}, the dictionary {feature_dict.num_features} features in {feature_dict.hidden_dim} "

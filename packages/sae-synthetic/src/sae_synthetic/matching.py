@@ -61,8 +61,11 @@ def match_features(features_a: Tensor, features_b: Tensor, signed: bool = False)
     that are not finite.
     """
     a, b = features_a.detach().float(), features_b.detach().float()
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ShapeError(f"match_features: need two matrices of one width, found {tuple(a.shape)} and {tuple(b.shape)}")
+    for name, matrix in (("first", a), ("second", b)):
+        if not len(matrix):
+            raise ShapeError(f"match_features: the {name} matrix has no rows, so there is nothing to match")
     for name, matrix in (("first", a), ("second", b)):
         if not bool(torch.isfinite(matrix).all()):
             raise DataError(f"match_features: the {name} matrix has values that are not finite")

@@ -355,7 +355,7 @@ class SyntheticModel:
         if not weights.is_file():
             raise FormatError(f"{weights}: there is no such file")
         tensors = _checked(dict(read_safetensors(weights)), cfg, weights)
-        features = FeatureDictionary(cfg.num_features, cfg.hidden_dim, bias=False, initializer=None, seed=0)
+        features = FeatureDictionary(cfg.num_features, cfg.hidden_dim, bias=cfg.bias, initializer=None, seed=0)
         with torch.no_grad():
             features.feature_vectors.copy_(tensors["feature_vectors"])
             features.bias.copy_(tensors["bias"])
