@@ -600,9 +600,9 @@ class PredictsItsInput(Framed):
 class SkipLost(Framed):
     """Saves no skip path."""
 
-    def exported_tensors(self) -> dict[str, Tensor]:
-        found = super().exported_tensors()
-        return found if "W_skip" not in found else {**found, "W_skip": torch.zeros_like(found["W_skip"])}
+    def in_inference_form(self, config: Any) -> tuple[Any, dict[str, Tensor]]:
+        config, found = super().in_inference_form(config)
+        return config, found if "W_skip" not in found else {**found, "W_skip": torch.zeros_like(found["W_skip"])}
 
 
 class OneSiteOnly(Framed):

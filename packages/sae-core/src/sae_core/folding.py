@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_core.normalization import AffineMap
 from sae_core.ops.memory import fresh_like
+from sae_core.scaled_rows import ScaledRows, scaling_is_put_off
 
 __all__ = ["fold_decoder_norm", "fold_normalization"]
 
@@ -85,9 +86,12 @@ def _by_row(operation: Callable[..., Tensor], tensor: Tensor, numbers: Tensor) -
     One product or quotient of two float32 numbers comes out of float32 arithmetic as float64 would round it; all else goes
     through float64 block by block, so that no whole matrix of it comes to be.
     """
-    made = fresh_like(tensor)
     per_row = (-1, *(1 for _ in tensor.shape[1:]))
-    if tensor.dtype == numbers.dtype == torch.float32:
+    exact_in_float32 = tensor.dtype == numbers.dtype == torch.float32
+    if exact_in_float32 and tensor.dim() == 2 and tensor.device.type == "cpu" and scaling_is_put_off():
+        return ScaledRows.of(tensor, numbers, operation)
+    made = fresh_like(tensor)
+    if exact_in_float32:
         return operation(tensor, numbers.view(per_row), out=made)
     room = torch.empty(tensor[:_BLOCK_ROWS].shape, dtype=torch.float64, device=tensor.device)
     for block, rows, part in zip(*(t.split(_BLOCK_ROWS) for t in (made, tensor, numbers.double())), strict=True):

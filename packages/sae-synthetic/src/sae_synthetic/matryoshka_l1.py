@@ -123,9 +123,9 @@ class MatryoshkaL1SAE(LinearSAE[MatryoshkaL1Config]):
 
     def export(self) -> Export:
         """A standard SAE with the same parameters."""
-        folded = self.folded_config(self.config)
+        folded, tensors = self.in_inference_form(self.config)
         shared = {field.name: getattr(folded, field.name) for field in fields(LinearConfig)}
-        return Export("standard", StandardConfig(**shared), self.exported_tensors())
+        return Export("standard", StandardConfig(**shared), tensors)
 
 
 def drawn_widths(number: int, d_sae: int, progress: float) -> tuple[int, ...]:

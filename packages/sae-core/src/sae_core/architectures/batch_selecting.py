@@ -97,11 +97,11 @@ class BatchSelectingSAE(SelectingSAE[C], ABC):
     def export(self) -> Export:
         """A JumpReLU with the same threshold for every latent."""
         shared = {field.name for field in fields(LinearConfig)}
-        folded = self.folded_config(self.config)
+        folded, tensors = self.in_inference_form(self.config)
         inference = JumpReLUConfig(**{name: getattr(folded, name) for name in shared})
         precision = torch.promote_types(self.dtype, torch.float32)
         threshold = self.topk_threshold.clamp(min=0).to(precision).expand(self.d_sae)
-        return Export("jumprelu", inference, {**self.exported_tensors(), "threshold": threshold})
+        return Export("jumprelu", inference, {**tensors, "threshold": threshold})
 
     @torch.no_grad()
     def _move_threshold(self, latents: SparseCodes) -> None:

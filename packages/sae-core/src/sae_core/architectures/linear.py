@@ -307,23 +307,30 @@ class LinearSAE(SAE[C], ABC):
             return None
         if not self.folds:
             return super().fold_normalization()
-        config = self.folded_config(self.config)
-        self._take(self._folded(self.tensors()))
+        norms = self.latent_norms()
+        config = self._folded_config(self.config, norms)
+        self._take(self._folded(self.tensors(), norms))
         self.config = config
         self.forget_statistics()
         return None
 
     def export(self) -> Export:
         """The parameters and their config, with what folds folded in."""
-        config = self.folded_config(self.config) if self.folds else self.kept_as_factor()
-        return Export(self.architecture, config, self.exported_tensors())
+        return Export(self.architecture, *self.in_inference_form(self.config))
 
-    def exported_tensors(self) -> dict[str, Tensor]:
-        """The parameters as files have them, with what folds folded in: normalisations, and the decoder norms in units of
-        which latents are reported, so that readers need not rescale. `folded_config` says so.
+    def in_inference_form(self, config: Any) -> tuple[Any, dict[str, Tensor]]:
+        """`config` and the parameters as files have them, with what folds folded in: normalisations, and the decoder norms in
+        units of which latents are reported, so that readers need not rescale.
         """
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        return self.in_files(self._folded(parameters) if self.folds else parameters)
+        if not self.folds:
+            kept = self.kept_as_factor()
+            factor = {
+                name: getattr(kept, name) for name in ("normalize_activations", "activation_normalization_factor")
+            }
+            return dataclasses.replace(config, **factor), self.in_files(parameters)
+        norms = self.latent_norms()
+        return self._folded_config(config, norms), self.in_files(self._folded(parameters, norms))
 
     def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names and in the layout that files have."""
@@ -334,9 +341,9 @@ class LinearSAE(SAE[C], ABC):
         """`config` when decoder norms have been folded; ConfigError where folding them would change which latents fire."""
         return config
 
-    def folded_config(self, config: Any) -> Any:
-        """`config` when all that `exported_tensors` folds has been folded."""
-        if self.latent_norms() is not None:
+    def _folded_config(self, config: Any, norms: Tensor | None) -> Any:
+        """`config` when `_folded` has folded all that it folds."""
+        if norms is not None:
             unit = self.unit_norm_config(config)
             if unit == config and self.normalization.folds:
                 raise ConfigError(
@@ -353,8 +360,7 @@ class LinearSAE(SAE[C], ABC):
         scales = {name: self.axis(name).scales for name in tensors}
         return fold_decoder_norm(tensors, scales, norms.detach())
 
-    def _folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        norms = self.latent_norms()
+    def _folded(self, tensors: Mapping[str, Tensor], norms: Tensor | None) -> dict[str, Tensor]:
         if norms is not None:  # before a scale changes the norms that latents are ranked by
             tensors = self._without_norms(tensors, norms)
         if not self.normalization.folds:

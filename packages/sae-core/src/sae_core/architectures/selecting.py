@@ -155,7 +155,7 @@ class SelectingSAE(LinearSAE[C], ABC):
 
     def export(self) -> Export:
         """Unit decoder rows when latents are rescaled, so that readers need not rescale."""
-        return Export(self.architecture, self.folded_config(self.final_config()), self.exported_tensors())
+        return Export(self.architecture, *self.in_inference_form(self.final_config()))
 
 
 def last_k(config: Any) -> Any:

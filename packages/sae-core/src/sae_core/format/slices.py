@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+from zlib_ng import zlib_ng
 
 from sae_core.errors import FormatError, SaeCoreError
 from sae_core.format.stream import header_of, pieces_of_rows
@@ -106,7 +107,7 @@ class SharedWriter:
 def crc32_moved(sum: int, by: int) -> int:
     """What a piece with this checksum contributes to that of a whole in which so many bytes come after it.
 
-    >>> crc32_moved(zlib.crc32(b"one"), by=3) ^ zlib.crc32(b"two") == zlib.crc32(b"onetwo")
+    >>> crc32_moved(zlib_ng.crc32(b"one"), by=3) ^ zlib_ng.crc32(b"two") == zlib_ng.crc32(b"onetwo")
     True
     """
     return _times(_power(by), sum)
@@ -140,7 +141,7 @@ def _write(file: int, start: int, part: Part, ranks: LatentRanks) -> int:
         for first in range(0, len(piece), width):
             row = piece[first : first + width]
             _write_all(file, row, start)
-            found, start = _times(factor, found) ^ zlib.crc32(row), start + stride
+            found, start = _times(factor, found) ^ zlib_ng.crc32(row), start + stride
     return crc32_moved(found, (ranks.size - 1 - ranks.rank) * width)
 
 
@@ -148,7 +149,7 @@ def _write_pieces(file: int, start: int, pieces: Iterator[memoryview]) -> int:
     found = 0
     for piece in pieces:
         _write_all(file, piece, start)
-        found, start = zlib.crc32(piece, found), start + len(piece)
+        found, start = zlib_ng.crc32(piece, found), start + len(piece)
     return found
 
 

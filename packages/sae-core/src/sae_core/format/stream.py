@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zlib_ng import zlib_ng
+
 from sae_core.errors import FormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sae_core.scaled_rows import ScaledRows
 
 __all__ = ["crc32", "header_of", "pieces_of_rows", "write_tensors"]
 
@@ -50,35 +53,46 @@ def crc32(tensor: Tensor) -> str:
     >>> crc32(torch.zeros(4, dtype=torch.uint8))
     '2144df1c'
     """
-    return f"{zlib.crc32(_buffer(tensor)):08x}"
+    return f"{zlib_ng.crc32(_buffer(tensor)):08x}"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]) -> bytes:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    said: Callable[[Mapping[str, str]], str],
+    look: Callable[[str, Tensor], None] | None = None,
+) -> bytes:
     """Write `tensors`, on the CPU and in any layout, and return the header with its length before it.
 
-    `said` makes what the header says of the file from the checksums by name; its length must not depend on them.
+    `said` makes what the header says of the file from the checksums by name; its length must not depend on them. `look` sees
+    every tensor's name with a few of its rows at a time, and may raise.
     """
     ordered = _ordered(tensors)
     before = header_of(tensors, said)
     sums = dict.fromkeys(tensors, 0)
     pieces = _pieces(ordered)
 
-    def add(name: str, data: Any) -> None:
-        sums[name] = zlib.crc32(data, sums[name])
+    def add(name: str, data: memoryview) -> None:
+        sums[name] = zlib_ng.crc32(data, sums[name])
 
-    with path.open("wb") as file, ThreadPoolExecutor(3) as beside:
+    with path.open("wb") as file, ThreadPoolExecutor(4) as beside:
         file.write(before)
         synced = beside.submit(os.fsync, file.fileno())
         since = 0
         coming = beside.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
             coming = beside.submit(next, pieces, None)
-            summed = beside.submit(add, *piece)
-            since += file.write(piece[1])
+            name, rows = piece
+            data = memoryview(_buffer(rows))
+            summed = beside.submit(add, name, data)
+            seen = beside.submit(look, name, rows) if look is not None else None
+            since += file.write(data)
             if since >= _SYNC_BYTES and synced.done():
                 synced.result()
                 synced, since = beside.submit(os.fsync, file.fileno()), 0
             summed.result()
+            if seen is not None:
+                seen.result()
         synced.result()  # a disk's error is told once, to whoever synced first
         header = header_of(tensors, said, {name: f"{found:08x}" for name, found in sums.items()})
         if len(header) != len(before):
@@ -100,42 +114,71 @@ def pieces_of_rows(tensor: Tensor) -> Iterator[memoryview]:
 
     A piece is valid until the one after the next is asked for.
     """
-    if tensor.dim() == 2 and not tensor.is_contiguous():
-        pieces = _turned_pieces(tensor)
-    elif tensor.dim() == 0 or not len(tensor):
-        pieces = iter([tensor.reshape(-1)])
-    else:
-        rows = max(1, _PIECE_BYTES // max(tensor[:1].numel() * tensor.element_size(), 1))
-        pieces = iter(tensor.contiguous().split(rows))
-    for piece in pieces:
-        yield memoryview(_buffer(piece))
+    for rows in _blocks_of_rows(tensor):
+        yield memoryview(_buffer(rows))
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
 
 
-def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, memoryview]]:
-    """The bytes of all tensors with their names; see `pieces_of_rows`."""
-    return ((name, piece) for name, tensor in ordered for piece in pieces_of_rows(tensor))
+def _pieces(ordered: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors with their names, a few megabytes of contiguous rows at a time; valid as long as `pieces_of_rows` says."""
+    return ((name, rows) for name, tensor in ordered for rows in _blocks_of_rows(tensor))
 
 
-def _turned_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes of a transposed matrix, row by row, turned in tiles that fit the cache: twice as fast as all at once."""
+def _blocks_of_rows(tensor: Tensor) -> Iterator[Tensor]:
+    from sae_core.scaled_rows import ScaledRows
+
+    if isinstance(tensor, ScaledRows):
+        return _scaled_blocks(tensor)
+    if tensor.dim() == 2 and not tensor.is_contiguous():
+        return _turned_blocks(tensor)
+    if tensor.dim() == 0 or not len(tensor):
+        return iter([tensor.reshape(-1)])
+    return iter(tensor.contiguous().split(_rows_of_a_piece(tensor)))
+
+
+def _rows_of_a_piece(tensor: Tensor) -> int:
+    return max(1, min(len(tensor), _PIECE_BYTES // max(tensor.shape[1:].numel() * tensor.element_size(), 1)))
+
+
+def _scaled_blocks(tensor: ScaledRows) -> Iterator[Tensor]:
+    """Rows of a matrix that is scaled as it is written, in tiles that fit the cache."""
     import torch
 
-    rows = max(1, min(tensor.shape[0], _PIECE_BYTES // max(tensor.shape[1] * tensor.element_size(), 1)))
+    if tensor.turned:
+        yield from _turned_blocks(tensor.rows.t(), tensor)
+        return
+    rows = _rows_of_a_piece(tensor)
     rooms = torch.empty((2, rows, tensor.shape[1]), dtype=tensor.dtype)
+    for number, (block, numbers) in enumerate(zip(tensor.rows.split(rows), tensor.numbers.split(rows), strict=True)):
+        made = rooms[number % 2, : len(block)]
+        for parts in zip(made.split(_TILE), block.split(_TILE), numbers[:, None].split(_TILE), strict=True):
+            room, tile, scale = parts
+            tensor.operation(tile, scale, out=room)
+        yield made
+
+
+def _turned_blocks(tensor: Tensor, scaled: ScaledRows | None = None) -> Iterator[Tensor]:
+    """Rows of a transposed matrix, turned in tiles that fit the cache: twice as fast as all at once.
+
+    With `scaled` columns are scaled as its rows are to be.
+    """
+    import torch
+
+    rows, width = _rows_of_a_piece(tensor), 8 * _TILE
+    rooms = torch.empty((2, rows, tensor.shape[1]), dtype=tensor.dtype)
+    scales = [None] * -(-tensor.shape[1] // width) if scaled is None else scaled.numbers.split(width)
     for number, block in enumerate(tensor.detach().split(rows)):
         made = rooms[number % 2, : len(block)]
-        for high in range(0, rows, _TILE):
-            for room, tile in zip(
-                made[high : high + _TILE].split(8 * _TILE, dim=1),
-                block[high : high + _TILE].split(8 * _TILE, dim=1),
-                strict=True,
-            ):
+        for high in range(0, len(block), _TILE):
+            into, of = made[high : high + _TILE].split(width, dim=1), block[high : high + _TILE].split(width, dim=1)
+            for room, tile, scale in zip(into, of, scales, strict=True):
                 room.copy_(tile)
-        yield _bytes(made)
+                if scaled is not None:
+                    scaled.operation(room, scale, out=room)
+        yield made
 
 
 def _header(ordered: list[tuple[str, Tensor]], said: str) -> bytes:

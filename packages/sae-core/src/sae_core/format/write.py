@@ -16,8 +16,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +49,7 @@ from sae_core.format.training_form import needs_training_form, training_header, 
 from sae_core.format.trouble import trouble
 from sae_core.latent_ranks import LatentRanks, latents_over
 from sae_core.plugins.records import CORE
+from sae_core.scaled_rows import scaling_put_off
 
 __all__ = ["FORMAT_VERSION", "save_sae", "write_atomically"]
 
@@ -65,10 +66,7 @@ def save_sae(sae: Dictionary, path: Path, *, overwrite: bool = False) -> Path:
     """
     if sae.ranks is not None:
         return _save_over_ranks(sae, sae.ranks, path, overwrite=overwrite)
-    what = _contents(sae, path)
-    with ThreadPoolExecutor(1) as beside:
-        looked = beside.submit(_check_finite, what.tensors, path)
-        _save(what, path, looked.result, _write_alone, overwrite=overwrite)
+    _save(_contents(sae, path), path, partial(_write_alone, path), overwrite=overwrite)
     return path
 
 
@@ -82,19 +80,23 @@ class _Contents(NamedTuple):
 
 
 Write = Callable[[Path, str, Mapping[str, Tensor], Callable[[Mapping[str, str]], str]], bytes]
-"""Writes the file of a name to a path, and returns its header."""
+"""Writes the file of a name to a path, and returns its header; raises FormatError where weights are not finite."""
 
 
 def _write_alone(
-    path: Path, name: str, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]
+    folder: Path, path: Path, name: str, tensors: Mapping[str, Tensor], said: Callable[[Mapping[str, str]], str]
 ) -> bytes:
-    return write_tensors(path, tensors, said)
+    return write_tensors(path, tensors, said, partial(_check_finite, folder) if name == WEIGHTS_FILE else None)
 
 
 def _contents(sae: Dictionary, path: Path) -> _Contents:
-    exported = checked_export(sae)
+    with scaling_put_off():
+        exported = checked_export(sae)
     cfg = plain(inference_config(sae, exported), f"{path}: not saved: cfg.json")
-    tensors = {name: tensor.detach().to("cpu") for name, tensor in exported.tensors.items()}
+    tensors = {
+        name: tensor.detach() if tensor.device.type == "cpu" else tensor.detach().cpu()
+        for name, tensor in exported.tensors.items()
+    }
     return _Contents(cfg, tensors, sae if needs_training_form(sae, exported) else None, class_of(exported, sae))
 
 
@@ -104,7 +106,8 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
     with latents_over(ranks):
         try:
             what = _contents(sae, path)
-            _check_finite(what.tensors, path)
+            for name, tensor in what.tensors.items():
+                _check_finite(path, name, tensor)
         except SaeCoreError as error:
             problem = str(error)
     problems = [problem for problem in ranks.everyone(problem) if problem is not None]
@@ -130,7 +133,6 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
         _save(
             what,
             path,
-            lambda: None,  # looked at above
             lambda at, name, tensors, said: writer.write(at, name, parts(name, tensors), said),
             overwrite=overwrite,
         )
@@ -143,8 +145,8 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
     return path
 
 
-def _save(what: _Contents, path: Path, check: Callable[[], None], write: Write, *, overwrite: bool) -> None:
-    """Write it all with `write`; `check` raises what is wrong with the tensors before anything takes its place."""
+def _save(what: _Contents, path: Path, write: Write, *, overwrite: bool) -> None:
+    """Write it all with `write`, before anything takes its place."""
     training = what.training
     with trouble(path, "writing"):
         if path.exists() and not path.is_dir():
@@ -152,22 +154,22 @@ def _save(what: _Contents, path: Path, check: Callable[[], None], write: Write, 
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_dir():
             _sweep_folders(path)
-            if _write_new(path, what, check, write):
+            if _write_new(path, what, write):
                 return
         with locked(path):
             _refuse_folders(path, training is not None)
             settle(path)
             if not overwrite:
                 _refuse_strangers(path, training is not None)
-            _write_into(path, what, check, write)
+            _write_into(path, what, write)
 
 
-def _write_new(path: Path, what: _Contents, check: Callable[[], None], write: Write) -> bool:
+def _write_new(path: Path, what: _Contents, write: Write) -> bool:
     """Make the folder; False when somebody else made one in the meantime."""
     temporary = unique_folder(path)
     try:
         with locked(temporary):  # so that nobody sweeps it
-            _write_into(temporary, what, check, write)
+            _write_into(temporary, what, write)
             try:
                 temporary.rename(path)
             except OSError:
@@ -270,7 +272,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
 
 
-def _write_into(folder: Path, what: _Contents, check: Callable[[], None], write: Write) -> None:
+def _write_into(folder: Path, what: _Contents, write: Write) -> None:
     cfg, tensors, training, _ = what
     weights, config = _temporary(folder, WEIGHTS_FILE), _temporary(folder, CONFIG_FILE)
     trained = _temporary(folder, TRAINING_FILE) if training is not None else None
@@ -283,7 +285,6 @@ def _write_into(folder: Path, what: _Contents, check: Callable[[], None], write:
         for path in (weights, config, *([trained] if trained else [])):
             sync_file(path)
             path.chmod(0o666 & ~umask())
-        check()
         weights.replace(folder / WEIGHTS_FILE)
         config.replace(folder / CONFIG_FILE)
         if trained is not None:
@@ -309,8 +310,7 @@ def _temporary(folder: Path, name: str) -> Path:
     return Path(path)
 
 
-def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        # a sum passes on every NaN and infinity, and may itself overflow: then look at each value
-        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            raise FormatError(f"{path}: not saved, tensor {name!r} holds NaN or infinite values")
+def _check_finite(folder: Path, name: str, tensor: Tensor) -> None:
+    # a sum passes on every NaN and infinity, and may itself overflow: then look at each value
+    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        raise FormatError(f"{folder}: not saved, tensor {name!r} holds NaN or infinite values")
