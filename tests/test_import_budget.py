@@ -1,6 +1,7 @@
 """What it costs to look: `import sae_core`, the help, and the list of plugins.
 
-Costs are processor seconds of whole processes, the least of several runs, so that a busy machine does not fail the test.
+Costs are processor seconds of whole processes, the least of several runs, and budgets grow with what a yardstick of imports
+costs beside them, so that a busy machine does not fail the test: its seconds are up to twice as long.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ HEAVY = (
     "yaml",
 )
 RUN = "import sys; from sae_core.cli import main; sys.argv[1:] = {arguments!r}; sys.exit(main())"
+YARDSTICK = "import asyncio, argparse, email.message, http.client, unittest.mock, xml.dom.minidom"
+YARDSTICK_SECONDS = 0.17  # on an idle machine on which the budgets have twice the room they need
 
 DUMMY = """
 from sae_core.plugins import ArchitectureSpec, LoaderSpec, hookimpl
@@ -58,23 +61,32 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> PluginFolder:
     return site
 
 
-def processor_seconds(site: PluginFolder, code: str, budget: float, attempts: int = 12) -> float:
-    """User and system time of a fresh Python running `code`: the least seen, stopping once it is within `budget`."""
-    least = float("inf")
+def is_within(site: PluginFolder, code: str, budget: float, attempts: int = 12) -> bool:
+    """Whether a fresh Python that runs `code` takes less than `budget` seconds of an idle machine more than a bare one."""
+    least, bare, yardstick = float("inf"), float("inf"), float("inf")
     for _ in range(attempts):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env=site.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        assert process.stderr is not None
-        complaint = process.stderr.read().decode()
-        process.stderr.close()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert (process.returncode, complaint) == (0, "")
-        least = min(least, usage.ru_utime + usage.ru_stime)
-        if least < budget:
-            break
-    return least
+        least = min(least, processor_seconds(site, code))
+        bare = min(bare, processor_seconds(site, "pass"))
+        if least - bare < budget:
+            return True
+        yardstick = min(yardstick, processor_seconds(site, YARDSTICK))
+        if least - bare < budget * (yardstick - bare) / YARDSTICK_SECONDS:
+            return True
+    return False
+
+
+def processor_seconds(site: PluginFolder, code: str) -> float:
+    """User and system time of a fresh Python running `code`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=site.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    assert process.stderr is not None
+    complaint = process.stderr.read().decode()
+    process.stderr.close()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert (process.returncode, complaint) == (0, "")
+    return usage.ru_utime + usage.ru_stime
 
 
 def heavy_after(site: PluginFolder, code: str) -> list[str]:
@@ -86,8 +98,7 @@ def heavy_after(site: PluginFolder, code: str) -> list[str]:
 
 
 def test_importing_the_core_costs_less_than_a_tenth_of_a_second(fifty: PluginFolder) -> None:
-    bare = processor_seconds(fifty, "pass", 0.0, attempts=5)
-    assert processor_seconds(fifty, "import sae_core", bare + 0.1) < bare + 0.1
+    assert is_within(fifty, "import sae_core", 0.1)
 
 
 def test_listing_fifty_plugins_costs_less_than_half_a_second(fifty: PluginFolder) -> None:
@@ -95,7 +106,7 @@ def test_listing_fifty_plugins_costs_less_than_half_a_second(fifty: PluginFolder
     dummies = [plugin for plugin in listed.values() if plugin["distribution"].startswith("sae-dummy-")]
     assert len(dummies) == 50
     assert all(plugin["state"] == "loaded" and len(plugin["provides"]) == 5 for plugin in dummies)
-    assert processor_seconds(fifty, RUN.format(arguments=["list-plugins"]), 0.5) < 0.5
+    assert is_within(fifty, RUN.format(arguments=["list-plugins"]), 0.5)
 
 
 def test_importing_the_core_imports_nothing_heavy(fifty: PluginFolder) -> None:
