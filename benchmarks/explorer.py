@@ -2,7 +2,7 @@
 
     python benchmarks/explorer.py
     python benchmarks/explorer.py --tokens 4000 16000 64000 --folder explorer-numbers  # keeps what it makes, and finds it again
-    python benchmarks/explorer.py --random-model --d-sae 16384 --tokens 100000 1000000 4000000      # memory of long studies
+    python benchmarks/explorer.py --random-model --d-sae 16384 --tokens 100000 1000000 4000000 --dashboards  # memory
 
 A dictionary of random directions, 65,536 of them, on SmolLM2-135M is studied, once for each number of tokens; then the real
 server runs on each study in a process of its own and is asked over HTTP, as the page asks it. "first page" is everything that
@@ -211,8 +211,8 @@ class Memory:
                 self.mapped = max(self.mapped, float(held["RssFile"].split()[0]) / 1e3)
 
 
-def built(sae: Path, study: Path, threads: int) -> tuple[str, float]:
-    """The memory that writing a dashboard of all latents takes, and its seconds."""
+def built(sae: Path, study: Path, threads: int) -> list[str]:
+    """The seconds that writing a dashboard of all latents takes, and its memory."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         given = ("dashboard", str(sae), f"{folder}/out", "--study", str(study), "--device", "cpu")
@@ -220,7 +220,7 @@ def built(sae: Path, study: Path, threads: int) -> tuple[str, float]:
             memory = Memory(process.pid)
             process.communicate()
             assert process.returncode == 0
-        return memory.stop(), time.perf_counter() - started
+        return [f"{time.perf_counter() - started:.0f}", memory.stop()]
 
 
 def main() -> None:
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--make-only", action="store_true", help="measure nothing")
+    parser.add_argument("--dashboards", action="store_true", help="write one of each study too")
     parser.add_argument("--random-model", action="store_true", help="a random model of width 32 in place of SmolLM2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -248,10 +249,10 @@ def main() -> None:
                 measured = list(rows(address, str(folder / "sae"), args.rounds))
                 seen = in_a_browser(address, args.rounds) if study == studies[-1] else None
                 held = memory.stop()
-            build, seconds = built(folder / "sae", study, args.threads)
+            build = built(folder / "sae", study, args.threads) if args.dashboards else []
             index = StudyFolder(study).index
             disk = sum(path.stat().st_size for path in study.iterdir()) / 1e6
-            sizes.append([f"{index['positions']:,}", f"{disk:,.0f}", f"{start:.1f}", held, f"{seconds:.0f}", build])
+            sizes.append([f"{index['positions']:,}", f"{disk:,.0f}", f"{start:.1f}", held, *build])
         if seen is not None:
             measured.insert(2, ("first page, until the list is on the screen", seen, 300))
         print(f"{machine(args.threads)}, {args.d_sae:,} latents\n")
@@ -262,7 +263,7 @@ def main() -> None:
         print(tabulate(table, ["ms", "median", "slowest", "aim"], tablefmt="github", disable_numparse=True))
         print("\nMemory in MB, of its own + mapped files")
         heads = ["tokens studied", "study on disk, MB", "server starts, s", "server", "dashboard, s", "dashboard"]
-        print(tabulate(sizes, heads, tablefmt="github", disable_numparse=True))
+        print(tabulate(sizes, heads[: len(sizes[0])], tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":
