@@ -58,6 +58,24 @@ def test_a_share_is_a_value_times_the_derivative_by_it(llama: Any, error_term: b
     assert bool(found.errors.any()) == error_term
 
 
+@pytest.mark.parametrize("error_term", [True, False])
+def test_no_gradient_of_a_dictionary_is_computed_and_its_parameters_learn_again_afterwards(
+    llama: Any, error_term: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, learning = dictionary(), list[bool]()
+    decode = sae.decode
+
+    def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        learning.append(any(parameter.requires_grad for parameter in sae.parameters()))
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(sae, "decode", seen)
+    attribute(llama, {PLACE: sae}, difference, TOKENS, error_term=error_term)
+    integrated_gradients(llama, sae, difference, TOKENS, steps=1, at=PLACE)
+    assert learning.count(True) == 1  # the clean reconstruction of integrated gradients, of which there is no graph
+    assert all(parameter.requires_grad for parameter in sae.parameters())
+
+
 def test_shares_and_errors_add_up_to_the_first_order_effect_of_the_place(llama: Any) -> None:
     sae = dictionary()
     found = attribute(llama, {PLACE: sae}, difference, TOKENS)[PLACE]

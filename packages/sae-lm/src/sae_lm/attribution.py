@@ -121,7 +121,11 @@ def attribute(
         )
         functions += [(place.point, reading(name, place)) for place in route.reads]
         functions += [(place.point, writing(name, sae, number, place)) for number, place in enumerate(route.writes)]
-    with torch.enable_grad(), _all_edited(model, functions):
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for sae, _ in named.values():
+            stack.enter_context(_frozen(sae))
+        stack.enter_context(_all_edited(model, functions))
         value = _number(measure(model(*args, **kwargs)))
     places = [activation for activations in written.values() for activation in activations]
     gradients = iter(cast("tuple[Tensor | None, ...]", torch.autograd.grad(value, places, allow_unused=True)))
@@ -175,7 +179,7 @@ def integrated_gradients(
         values = (codes.values * ((step + 0.5) / steps)).detach().requires_grad_()
 
         def scaled(activation: Tensor, values: Tensor = values) -> Tensor:
-            with evaluating(sae):
+            with evaluating(sae), _frozen(sae):
                 y = sae.decode(codes.with_values(values), x=x)
             return place.write(activation, own + (y - clean).view(own.shape).to(own.device))
 
@@ -200,7 +204,7 @@ def shares_of(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[Shares, Tenso
 def _slopes(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[SparseCodes, Tensor, Tensor]:
     """Codes of `x`, the derivative of output · gradient by each entry's value, and the output."""
     x = x.detach().to(sae.device, sae.dtype)
-    with evaluating(sae):
+    with evaluating(sae), _frozen(sae):
         with torch.no_grad():
             codes = sae.encode_sparse(x)
         with torch.enable_grad():
@@ -208,6 +212,19 @@ def _slopes(sae: SAE[Any], x: Tensor, gradient: Tensor) -> tuple[SparseCodes, Te
             y = sae.decode(codes.with_values(values), x=x)
             (slopes,) = torch.autograd.grad(y, values, gradient.to(y).view(y.shape))
     return codes, slopes, y.detach()
+
+
+@contextmanager
+def _frozen(sae: SAE[Any]) -> Generator[None, None, None]:
+    """Within the context nothing computes gradients of the dictionary's parameters, which are as large as they are."""
+    learning = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _attributed(sae: SAE[Any], x: Tensor, gradient: Tensor, target: Tensor, error_term: bool) -> Attribution:
