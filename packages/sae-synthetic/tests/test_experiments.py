@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import operator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,11 +107,26 @@ def test_all_presets_are_known_by_name_and_others_are_answered() -> None:
         ({"scale": 0.0}, r"scale must be in \(0, 100\]"),
         ({"scale": math.nan}, "scale must be in"),
         ({"device": "nonsense"}, "device: 'nonsense' cannot be used"),
+        ({"processes": 2}, "hedging takes its seeds one after the other; those that share them: synthsaebench-mini"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_preset("hedging", **arguments)
+
+
+@pytest.mark.parametrize(("processes", "message"), [(0, "at least 1, not 0"), (3, r"3 are to share 2 seed\(s\)")])
+def test_processes_are_no_more_than_the_seeds(processes: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"processes.*{message}"):
+        Settings(seeds=2, processes=processes)
+
+
+def test_processes_share_seeds_which_come_back_in_order() -> None:
+    settings = Settings(seeds=3, processes=2, progress=False)
+    repeated = settings.each_seed(itertools.repeat)  # the settings, as often as the seed says
+    assert [list(seed) for seed in repeated] == [[], [settings], [settings] * 2]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        settings.each_seed(operator.truediv)
 
 
 def test_the_consistency_data_are_the_published() -> None:

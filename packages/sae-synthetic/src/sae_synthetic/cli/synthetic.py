@@ -26,6 +26,13 @@ class Synthetic:
         run.add_argument("name", metavar="NAME", help="its name, as `sae-core synthetic list` shows it")
         run.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: the experiment's own)")
         run.add_argument(
+            "--processes",
+            type=int,
+            default=1,
+            metavar="N",
+            help="processes that share the seeds, where the experiment can (default: %(default)s)",
+        )
+        run.add_argument(
             "--scale",
             type=float,
             default=1.0,
@@ -70,7 +77,7 @@ class Synthetic:
 
             return print_scores(args)
         preset = get_preset(args.name)
-        settings = preset.settings(args.seeds, args.scale, args.device)
+        settings = preset.settings(args.seeds, args.scale, args.device, processes=args.processes)
         folder = _usable(args.output or Path("runs") / f"synthetic-{args.name}", args.overwrite)
         if not args.no_report:
             from sae_synthetic.plots import require_plotly

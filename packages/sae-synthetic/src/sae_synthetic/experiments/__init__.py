@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sae_core.errors import UnknownNameError, did_you_mean
+from sae_core.errors import ConfigError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from sae_synthetic.experiments.result import ExperimentResult, Settings
@@ -20,7 +20,9 @@ __all__ = ["PRESETS", "Preset", "get_preset", "run_preset"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """An experiment: its name, where it was published, and roughly how long it takes on two cores."""
+    """An experiment: its name, where it was published, roughly how long it takes on two cores, and whether several processes
+    can share its seeds.
+    """
 
     name: str
     summary: str
@@ -28,6 +30,7 @@ class Preset:
     duration: str
     seeds: int
     target: str
+    shares_seeds: bool = False
 
     def load(self) -> Callable[[Settings], ExperimentResult]:
         """The function that runs it."""
@@ -35,12 +38,28 @@ class Preset:
         return getattr(importlib.import_module(module), function)
 
     def settings(
-        self, seeds: int | None = None, scale: float = 1.0, device: str = "cpu", progress: bool = True
+        self,
+        seeds: int | None = None,
+        scale: float = 1.0,
+        device: str = "cpu",
+        progress: bool = True,
+        processes: int = 1,
     ) -> Settings:
         """How to run it, by default with its own number of seeds. Raises ConfigError for impossible settings."""
         from sae_synthetic.experiments.result import Settings
 
-        return Settings(seeds=self.seeds if seeds is None else seeds, scale=scale, device=device, progress=progress)
+        if processes != 1 and not self.shares_seeds:
+            able = ", ".join(preset.name for preset in PRESETS.values() if preset.shares_seeds)
+            raise ConfigError(
+                f"processes: {self.name} takes its seeds one after the other; those that share them: {able}"
+            )
+        return Settings(
+            seeds=self.seeds if seeds is None else seeds,
+            scale=scale,
+            device=device,
+            progress=progress,
+            processes=processes,
+        )
 
 
 _HERE = "sae_synthetic.experiments"
@@ -111,6 +130,7 @@ PRESETS = {
             duration="7 minutes",
             seeds=1,
             target=f"{_HERE}.synthsaebench:run_mini",
+            shares_seeds=True,
         ),
         Preset(
             name="synthsaebench",
@@ -133,12 +153,17 @@ def get_preset(name: str) -> Preset:
 
 
 def run_preset(
-    name: str, seeds: int | None = None, scale: float = 1.0, device: str = "cpu", progress: bool = True
+    name: str,
+    seeds: int | None = None,
+    scale: float = 1.0,
+    device: str = "cpu",
+    progress: bool = True,
+    processes: int = 1,
 ) -> ExperimentResult:
     """Run an experiment with that many seeds (by default its own number).
 
-    `scale` multiplies the training samples: 0.1 is a quick look whose numbers are worse. Raises ConfigError for impossible
-    settings.
+    `scale` multiplies the training samples: 0.1 is a quick look whose numbers are worse. `processes` share the seeds, where the
+    preset says that they can (`shares_seeds`). Raises ConfigError for impossible settings.
     """
     preset = get_preset(name)
-    return preset.load()(preset.settings(seeds, scale, device, progress))
+    return preset.load()(preset.settings(seeds, scale, device, progress, processes))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from sae_core import SAE, TrainConfig, Trainer, create
@@ -26,18 +28,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Claim", "ExperimentResult", "Runs", "Settings", "mean_and_spread"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run an experiment: number of seeds, factor on the training samples, device, and whether to show a bar."""
+    """How to run an experiment: number of seeds, factor on the training samples, device, whether to show a bar, and how many
+    processes share the seeds.
+    """
 
     seeds: int = 1
     scale: float = 1.0
     device: str = "cpu"
     progress: bool = True
+    processes: int = 1
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds must be at least 1, not {self.seeds}")
+        require(self.processes >= 1, f"processes must be at least 1, not {self.processes}")
+        require(
+            self.processes <= self.seeds,
+            f"processes: {self.processes} are to share {self.seeds} seed(s), and a seed is the work of one",
+        )
         require(0 < self.scale <= 100, f"scale must be in (0, 100], not {self.scale}")
         try:
             torch.empty(0, device=self.device)
@@ -51,6 +63,26 @@ class Settings:
     def samples(self, published: int, batch_size: int) -> int:
         """The training samples at this scale, at least twenty batches."""
         return max(int(published * self.scale), 20 * batch_size)
+
+    def each_seed(self, work: Callable[[Settings, int], T]) -> list[T]:
+        """``work(settings, seed)`` of every seed, in order.
+
+        With several processes, seeds are worked on side by side, each process with its share of the cores; then `work` and what
+        it gives must be such that they can be pickled, and a script that comes here needs ``if __name__ == "__main__"``.
+        """
+        if self.processes == 1:
+            return [work(self, seed) for seed in range(self.seeds)]
+        threads = max(1, torch.get_num_threads() // self.processes)
+        with ProcessPoolExecutor(self.processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+            working = [pool.submit(work, replace(self, progress=False), seed) for seed in range(self.seeds)]
+            try:
+                done = tqdm(as_completed(working), total=self.seeds, unit="seed", ncols=79, disable=not self.progress)
+                for future in done:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            return [future.result() for future in working]
 
     @contextmanager
     def runs(self, total: int) -> Generator[Runs]:

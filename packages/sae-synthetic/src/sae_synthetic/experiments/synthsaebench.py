@@ -105,32 +105,10 @@ FULL_RECIPES: dict[str, tuple[dict[str, Any], float, tuple[float, float]]] = {
 
 def run_mini(settings: Settings) -> ExperimentResult:
     """Five architectures on the small world."""
-    world = SyntheticModel(MINI, device=settings.device)
     samples = settings.samples(MINI_SAMPLES, MINI_BATCH)
-    found: dict[str, list[SyntheticDataEvalResult]] = {name: [] for name in MINI_ARCHITECTURES}
-    kept: dict[str, Tensor] = {}
-    plan = {
-        "total_samples": samples,
-        "batch_size": MINI_BATCH,
-        "lr": MINI_RATE,
-        "lr_decay_samples": 1 / 3,
-        "dead_after_samples": 0.2,
-    }
-    with settings.runs(len(found) * settings.seeds) as runs:
-        for seed in range(settings.seeds):
-            saes = runs.train_together(
-                f"seed {seed}",
-                {
-                    name: {"d_in": world.d_in, "d_sae": MINI_LATENTS, **config}
-                    for name, config in MINI_ARCHITECTURES.items()
-                },
-                _batches(world, seed, MINI_BATCH),
-                seed,
-                {name: {**plan, "target_l0": MINI_L0} if name in MINI_STEERED else plan for name in MINI_ARCHITECTURES},
-            )
-            for name, sae in saes.items():
-                found[name].append(_scores(sae, world, baseline=seed == 0 and name == "batchtopk"))
-                kept.setdefault(name, sae.directions())
+    seeds = settings.each_seed(_mini_of_seed)
+    found = {name: [scores[name] for scores, _, _ in seeds] for name in MINI_ARCHITECTURES}
+    kept = seeds[0][1]
     found["untrained"] = [_baseline(found["batchtopk"])]
     f1 = {name: _mean([r.classification.f1_score for r in results]) for name, results in found.items()}
     variance = {name: _mean([r.explained_variance for r in results]) for name, results in found.items()}
@@ -157,9 +135,34 @@ def run_mini(settings: Settings) -> ExperimentResult:
             ),
         ],
         data={name: [result.to_dict() for result in results] for name, results in found.items()},
-        figures=_figures(found, kept, world),
-        seconds=runs.seconds,
+        figures=_figures(found, kept, SyntheticModel(MINI, device=settings.device)),
+        seconds=sum(seconds for _, _, seconds in seeds),
     )
+
+
+def _mini_of_seed(settings: Settings, seed: int) -> tuple[dict[str, SyntheticDataEvalResult], dict[str, Tensor], float]:
+    """By architecture, how one seed's dictionaries fare and their decoder directions; and the seconds of training."""
+    world = SyntheticModel(MINI, device=settings.device)
+    plan = {
+        "total_samples": settings.samples(MINI_SAMPLES, MINI_BATCH),
+        "batch_size": MINI_BATCH,
+        "lr": MINI_RATE,
+        "lr_decay_samples": 1 / 3,
+        "dead_after_samples": 0.2,
+    }
+    with settings.runs(len(MINI_ARCHITECTURES)) as runs:
+        saes = runs.train_together(
+            f"seed {seed}",
+            {
+                name: {"d_in": world.d_in, "d_sae": MINI_LATENTS, **config}
+                for name, config in MINI_ARCHITECTURES.items()
+            },
+            _batches(world, seed, MINI_BATCH),
+            seed,
+            {name: {**plan, "target_l0": MINI_L0} if name in MINI_STEERED else plan for name in MINI_ARCHITECTURES},
+        )
+    scores = {name: _scores(sae, world, baseline=seed == 0 and name == "batchtopk") for name, sae in saes.items()}
+    return scores, {name: sae.directions() for name, sae in saes.items()}, runs.seconds
 
 
 def run_full(settings: Settings) -> ExperimentResult:
