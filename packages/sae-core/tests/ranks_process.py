@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import sae_core
 import torch
 from sae_core import TrainConfig, Trainer, create
 from sae_core.codes import SparseCodes
@@ -22,9 +22,12 @@ from sae_core.ops.screened import Screened
 from sae_core.ops.whole_batch import WholeBatch, divided
 from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.protocols import ActivationBatch
+from sae_core.testing.rank_processes import exit_codes, start_ranks
 
-D, F, ROWS, BATCH = 12, 48, 700, 64  # batches of 64, at the end of a pass 60, at the end of training 2
-TOTAL = 20 * BATCH + 2
+D, F, ROWS, BATCH = 12, 48, 316, 64  # batches of 64, at the end of a pass 60, at the end of training 2
+STEPS, EVERY = 12, 2  # and of these a record
+Ranks.packed_below = 256  # the weights, of 576 elements, travel alone as large ones do
+TOTAL = (STEPS - 1) * BATCH - 4 + 2
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
@@ -63,7 +66,7 @@ def source(folder: Path, seed: int = 0, **fields: Any) -> TensorFiles:
 
 def trainer(architecture: str, data: Any, ranks: Ranks, **changes: Any) -> Trainer:
     fields: dict[str, Any] = {
-        "total_samples": TOTAL, "batch_size": BATCH, "lr": 3e-3, "log_every_steps": 4, "init_samples": 150,
+        "total_samples": TOTAL, "batch_size": BATCH, "lr": 3e-3, "log_every_steps": EVERY, "init_samples": 150,
         "dead_after_samples": 100, "dead_refresh_steps": 3, "progress_bar": False, **SETTINGS.get(architecture, {}), **changes,
     }  # fmt: skip
     made = dict(ARCHITECTURES[architecture])
@@ -77,12 +80,11 @@ def trainer(architecture: str, data: Any, ranks: Ranks, **changes: Any) -> Train
 
 
 def outcome(done: Trainer) -> dict[str, Any]:
-    density = done.learner.firing_density()
-    assert density is not None
+    density = done.learner.firing_density()  # none where the data end before the last tenth of the run
     return {
         "history": done.history,
         "weights": {name: tensor.clone() for name, tensor in done.sae.state_dict().items()},
-        "density": density,
+        "density": torch.zeros(0) if density is None else density,
         "silent": done.learner.dead.samples_since_fired.clone(),
     }
 
@@ -90,6 +92,84 @@ def outcome(done: Trainer) -> dict[str, Any]:
 def trained(architecture: str) -> Callable[[Ranks, Path], Any]:
     def case(ranks: Ranks, folder: Path) -> Any:
         made = trainer(architecture, source(folder), ranks)
+        made.fit()
+        return outcome(made)
+
+    return case
+
+
+class OwnRows:
+    """An iterator in which every rank has rows of its own, number after number; the last rank has the fewest."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.at = rank, ranks, 0
+        self.batches = 16 - rank
+
+    def __iter__(self) -> OwnRows:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, int]:
+        if self.at == self.batches:
+            raise StopIteration
+        self.at += 1
+        return rows(100 * self.rank + self.at)[: BATCH // self.ranks], BATCH
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "rank": self.rank}
+
+    def load_places(self, places: Sequence[Mapping[str, Any]]) -> None:
+        assert [place["rank"] for place in places] == list(range(self.ranks))
+        self.at = places[self.rank]["at"]
+
+
+class OwnSource:
+    """A source whose ranks read each something else."""
+
+    sites: ClassVar[Mapping[str, int]] = {"": D}
+
+    def batches(self, batch_size: int) -> Any:
+        raise NotImplementedError
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> OwnRows:
+        return OwnRows(rank, ranks)
+
+
+def own_rows(ranks: Ranks, folder: Path) -> Any:
+    """Ranks that read each something else: to the end of the first one's data, and once more from the fifth step."""
+    whole = trainer("topk", OwnSource(), ranks, total_samples=20 * BATCH)
+    whole.callbacks.append(lambda progress: progress.trainer.save(folder / "5") and None if whole.steps == 5 else None)
+    whole.fit()
+    again = Trainer.resume(ranks.told(folder) / "5", OwnSource(), ranks=ranks)
+    again.fit()
+    return {"whole": outcome(whole), "again": outcome(again)}
+
+
+def sums_begin_early(ranks: Ranks, folder: Path) -> Any:
+    """For every sum of gradients of the second step, whether the encoder's gradient was there when it began."""
+    made = trainer("topk", source(folder), ranks)
+    found: list[bool] = []
+    begin = ranks.begin_to_add
+
+    def begin_to_add(tensor: torch.Tensor) -> Any:
+        found.append(made.sae.get_parameter("encoder").grad is not None)
+        return begin(tensor)
+
+    made.step(torch.zeros(BATCH, D) + 1)
+    ranks.begin_to_add = begin_to_add  # type: ignore[method-assign]
+    try:
+        made.step(rows()[:BATCH])
+    finally:
+        ranks.begin_to_add = begin  # type: ignore[method-assign]
+    return found
+
+
+def together(size: int) -> Callable[[Ranks, Path], Any]:
+    """What so many ranks read, each something else, as batches of one process."""
+
+    def case(ranks: Ranks, folder: Path) -> Any:
+        each = [OwnRows(rank, size) for rank in range(size)]
+        batches = [torch.stack([part for part, _ in parts], 1).flatten(0, 1) for parts in zip(*each, strict=False)]
+        made = trainer("topk", batches, ranks, total_samples=20 * BATCH)
         made.fit()
         return outcome(made)
 
@@ -170,18 +250,40 @@ def goes_on(from_size: int) -> Callable[[Ranks, Path], Any]:
     return case
 
 
+def other_content(ranks: Ranks, folder: Path) -> Any:
+    """Files of one name that hold other rows on rank 1."""
+    data = source(folder)
+    if ranks.rank == 1:
+        data._inputs = source(folder, 1)._inputs
+    return said_by(trainer("topk", data, ranks))
+
+
+def other_version(ranks: Ranks, folder: Path) -> Any:
+    """Code of another version on rank 1."""
+    right = sae_core.__version__
+    if ranks.rank == 1:
+        sae_core.__version__ = "0.0.9"  # type: ignore[attr-defined]
+    try:
+        return said_by(trainer("topk", source(folder), ranks))
+    finally:
+        sae_core.__version__ = right  # type: ignore[attr-defined]
+
+
+def said_by(made: Trainer) -> str:
+    try:
+        made.fit()
+    except SaeCoreError as error:
+        return f"{made.steps} {error}"
+    return "trained"
+
+
 def refused(change: Callable[[int, dict[str, Any]], None]) -> Callable[[Ranks, Path], Any]:
     def case(ranks: Ranks, folder: Path) -> Any:
         fields: dict[str, Any] = {}
         change(ranks.rank, fields)
         seed = fields.pop("data", 0)
         data: Any = list(source(folder, seed).batches(BATCH)) if fields.pop("listed", False) else source(folder, seed)
-        made = trainer("topk", data, ranks, **fields)
-        try:
-            made.fit()
-        except SaeCoreError as error:
-            return f"{made.steps} {error}"
-        return "trained"
+        return said_by(trainer("topk", data, ranks, **fields))
 
     return case
 
@@ -189,6 +291,10 @@ def refused(change: Callable[[int, dict[str, Any]], None]) -> Callable[[Ranks, P
 CASES: dict[str, Callable[[Ranks, Path], Any]] = {
     **{f"trained {name}": trained(name) for name in ARCHITECTURES},
     "unread_parts": unread_parts,
+    "own_rows": own_rows,
+    "sums_begin_early": sums_begin_early,
+    "together 2": together(2),
+    "together 4": together(4),
     "ties": ties,
     "kth_largest": kth_largest,
     "stopped_and_resumed": stopped_and_resumed,
@@ -196,6 +302,8 @@ CASES: dict[str, Callable[[Ranks, Path], Any]] = {
     "from 2": goes_on(2),
     "other lr": refused(lambda rank, fields: fields.update({"lr": 0.1} if rank == 1 else {})),
     "other data": refused(lambda rank, fields: fields.update({"data": 1} if rank == 1 else {})),
+    "other content": other_content,
+    "other version": other_version,
     "other lists": refused(lambda rank, fields: fields.update({"listed": True, "data": int(rank == 1)})),
 }
 
@@ -218,7 +326,7 @@ def on_four_ranks(folder: Path) -> None:
         for ranks in (Ranks(pair) if everybody.rank < 2 else None, everybody):
             for name in CASES if ranks is not None else ():
                 assert ranks is not None
-                if ranks.size == 2 and name == "from 2":
+                if name.startswith("together") or (ranks.size == 2 and name == "from 2"):
                     continue
                 found[f"{name} {ranks.size}"] = run_case(name, ranks, folder)
             everybody.everyone(None)
@@ -228,21 +336,7 @@ def on_four_ranks(folder: Path) -> None:
 
 def in_processes(size: int, what: Callable[[Path], None], folder: Path) -> bool:
     """Whether `what` ended well in so many processes that come from this one."""
-    os.environ["WORLD_SIZE"] = str(size)
-    children: list[int] = []
-    for rank in range(size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        try:
-            what(folder)
-        except BaseException:  # noqa: BLE001 - a child must not go on as its parent
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return all([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children])  # noqa: C419 - of all
+    return not any(exit_codes(start_ranks(size, lambda: what(folder))))
 
 
 def main() -> int:
@@ -250,7 +344,8 @@ def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(("from", "other"))}
+    several = ("from", "other", "own")
+    alone = {f"{name} 1": run_case(name, ALONE, folder) for name in CASES if not name.startswith(several)}
     torch.save(alone, folder / "alone.pt")
     return 0 if in_processes(4, on_four_ranks, folder) else 1
 

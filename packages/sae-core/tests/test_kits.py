@@ -146,6 +146,70 @@ class SequencesSource(PlainSource):
             yield ActivationBatch(rows, rows[..., :4] * 2)
 
 
+class PartRows(Iterator[Any]):
+    """Of each batch the rows of one rank."""
+
+    def __init__(self, whole: Iterator[Tensor], own: slice) -> None:
+        self.whole, self.own = whole, own
+
+    def __next__(self) -> tuple[Tensor, int]:
+        rows = next(self.whole)
+        return rows[self.own], len(rows)
+
+
+class PartsSource(PlainSource):
+    """Gives a rank its rows of every batch."""
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
+        return PartRows(self.batches(batch_size), slice(rank, None, ranks))
+
+
+class OwnRows(Iterator[Any]):
+    """Batches of which each is made from its number; a rank makes every `ranks`-th."""
+
+    def __init__(self, size: int, seed: int, rank: int, ranks: int, *, whole: bool) -> None:
+        self.size, self.seed, self.rank, self.ranks, self.whole, self.at = size, seed, rank, ranks, whole, 0
+
+    def __next__(self) -> Any:
+        drawn = torch.Generator().manual_seed(1000 * self.seed + self.at * self.ranks + self.rank)
+        self.at += 1
+        rows = torch.randn(len(range(self.rank, self.size, self.ranks)), 8, generator=drawn) + 1
+        return rows if self.whole else (rows, self.size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "ranks": self.ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.at = state["at"]
+
+    def load_places(self, places: Sequence[Mapping[str, Any]]) -> None:
+        self.at = max(place["at"] for place in places) * len(places) // self.ranks
+
+
+class OwnPlaceSource(PlainSource):
+    """Gives every rank rows that no other has."""
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        return OwnRows(batch_size, self.config.seed, 0, 1, whole=True)
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
+        return OwnRows(batch_size, self.config.seed, rank, ranks, whole=False)
+
+
+class HalvesSource(PlainSource):
+    """Gives a rank one half of every batch, and not every other row."""
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
+        return PartRows(self.batches(batch_size), slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks))
+
+
+class SameForAllSource(OwnPlaceSource):
+    """Gives all ranks the same rows."""
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
+        return super().parts(batch_size, 0, ranks)
+
+
 class UndocumentedSource(PlainSource):
     pass
 
@@ -335,6 +399,8 @@ SOURCES: list[tuple[str, type, str]] = [
     ("check_batches", OneMemory, "the first two batches are the same"),
     ("check_resumes", Forgetful, "a state taken after a batch gives another batch 0"),
     ("check_resumes", Aliased, "a state taken after a batch gives another batch 0"),
+    ("check_parts", HalvesSource, "rank 0 has not the rows 0::2"),
+    ("check_parts", SameForAllSource, "rows are given more often than they are there"),
     ("check_sequences", NoSequences, r"shape \(\d+, 12, 8\), not \(sequences, 6, 8\)"),
     ("check_metadata", TensorFacts, "cannot be written as JSON"),
     ("check_trains", OddConfig, "object"),
@@ -970,7 +1036,7 @@ WRONG = {
 RIGHT: dict[str, list[type]] = {
     "writer": [PlainWriter],
     "loader": [PlainLoader],
-    "source": [PlainSource, SequencesSource],
+    "source": [PlainSource, SequencesSource, PartsSource, OwnPlaceSource],
     "catalogue": [PlainCatalogue],
     "metric": [PlainMetric],
     "logger": [PlainLogger],

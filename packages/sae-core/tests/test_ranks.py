@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +24,7 @@ SIZES = (2, 4)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the first two of four processes found, and with each what one process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
-    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(folder)],
         env={**os.environ, **shared},
@@ -67,6 +63,19 @@ def test_several_processes_train_what_one_trains(found: list[dict[str, Any]], ca
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_where_ranks_read_each_something_else_the_batch_is_all_of_it(found: list[dict[str, Any]], size: int) -> None:
+    expected = found[0][f"together {size} 1"]
+    assert expected["history"][-1]["step"] == 17 - size  # the last rank has the fewest
+    for each in found:
+        close(each[f"own_rows {size}"]["whole"], expected, 1e-5)
+        close(each[f"own_rows {size}"]["again"], each[f"own_rows {size}"]["whole"], 0.0)
+
+
+def test_the_decoders_gradient_travels_while_the_encoders_is_computed(found: list[dict[str, Any]]) -> None:
+    assert found[0]["sums_begin_early 2"] == [False, True]
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", [f"trained {name}" for name in ARCHITECTURES])
 def test_every_process_ends_with_the_same_bits(found: list[dict[str, Any]], case: str, size: int) -> None:
     close(found[0][f"{case} {size}"], found[1][f"{case} {size}"], 0.0)
@@ -102,7 +111,13 @@ def test_a_run_goes_on_with_another_number_of_processes(found: list[dict[str, An
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("case", "message"),
-    [("other lr", "train.lr"), ("other data", "source"), ("other lists", "reads other data than rank 0")],
+    [
+        ("other lr", "train.lr"),
+        ("other data", "source"),
+        ("other content", "source.fingerprint"),
+        ("other version", "versions.sae-core"),
+        ("other lists", "reads other data than rank 0"),
+    ],
 )
 def test_a_process_with_something_else_ends_all_before_the_first_step(
     found: list[dict[str, Any]], size: int, case: str, message: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 _PATIENCE = 240  # of the tests, on a machine that does other things
 
@@ -42,14 +42,26 @@ class Launcher:
 class Group:
     """Ranks of ``sae-core train``."""
 
-    def __init__(self, launcher: Launcher, folder: Path, size: int, *arguments: str, **environment: str) -> None:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            port = str(listening.getsockname()[1])
-        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    def __init__(
+        self,
+        launcher: Launcher,
+        folder: Path,
+        size: int,
+        *arguments: str,
+        hangs: int | None = None,
+        **environment: str,
+    ) -> None:
         self.launcher, self.folder = launcher, folder
         given = ["train", str(folder / "run.yaml"), *arguments]
-        self.ranks = launcher.ask({"size": size, "arguments": given, "environment": shared, "folder": str(folder)})
+        self.ranks = launcher.ask(
+            {
+                "size": size,
+                "arguments": given,
+                "environment": environment,
+                "folder": str(folder),
+                "hangs": hangs,
+            }
+        )
 
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "out" / "checkpoints").glob("0*"))
@@ -130,6 +142,44 @@ def test_a_rank_that_hangs_ends_the_others_by_name(launcher: Launcher, folder: P
     assert "sae-core" not in group.said(1)  # torch may warn of a store that went with the first process
 
 
+def test_a_rank_that_lives_and_does_not_come_is_said_to_hang(launcher: Launcher, folder: Path) -> None:
+    group = Group(launcher, folder, 2, "--set", "parallel.timeout_seconds=3", hangs=1)
+    assert group.codes(1) == [1]
+    os.kill(group.ranks[1], signal.SIGKILL)  # where its own watch has not ended it before
+    group.codes(0)
+    assert "error: rank 1: hangs: the others have waited for it" in group.said(0)
+
+
+def test_two_processes_leave_the_folder_that_one_leaves(launcher: Launcher, folder: Path) -> None:
+    few = ("--set", "train.total_samples=19200", "--set", "train.lr=0.001")
+    for size in (1, 2):
+        group = Group(launcher, folder, size, *few, "--set", f"output={folder / f'out-{size}'}")
+        assert group.codes() == [0] * size, group.said(0)
+    one, two = (folder / f"out-{size}" for size in (1, 2))
+    left = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (one, two)]
+    assert left[0] == left[1]
+    assert any(name.startswith("checkpoints/0") for name in left[0])
+    assert (one / "run.yaml").read_text() == (two / "run.yaml").read_text().replace("out-2", "out-1")
+    config = [json.loads((each / "cfg.json").read_text()) for each in (one, two)]
+    facts = [each["metadata"].pop("sae_core") for each in config]
+    assert config[0] == config[1]
+    assert facts[0].keys() == facts[1].keys()
+    finals = [each["training"].pop("final") for each in facts]
+    assert facts[0]["training"] == facts[1]["training"]
+    assert finals[0] == pytest.approx(finals[1], rel=1e-5)
+    for name in ("sae_weights.safetensors", "log.jsonl"):
+        found = [each / name for each in (one, two)]
+        if name.endswith("l"):
+            for lines in zip(*(path.read_text().splitlines() for path in found), strict=True):
+                record, wanted = map(json.loads, lines)
+                for key, value in wanted.items():
+                    assert record[key] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-4)), key
+        else:
+            tensors, expected = (load_file(path) for path in found)
+            assert tensors.keys() == expected.keys()
+            assert all((tensors[key] - expected[key]).abs().max() < 1e-5 for key in tensors)
+
+
 def test_one_signal_stops_all_ranks_and_is_said_once(launcher: Launcher, folder: Path) -> None:
     group = Group(launcher, folder, 2)
     group.until_it_saves()
@@ -145,6 +195,9 @@ def test_one_signal_stops_all_ranks_and_is_said_once(launcher: Launcher, folder:
         ("parallel.data=3", "3 processes are to share the batches, but 2 were started"),
         ("train.batch_size=65", "65 samples cannot be divided evenly among 2 processes"),
         ("device=cuda:0", "device"),
+        ("device=cuda", "cuda"),
+        ("parallel.latents=3", "parallel.latents: 3 processes are to share out the latents, but 2 were started"),
+        ("parallel.source=2", "parallel.source: 2 processes are to read the source and others to train, but 2"),
     ],
 )
 def test_what_cannot_be_is_one_error_of_the_first_rank(

@@ -194,7 +194,7 @@ def test_a_text_without_a_full_window_gives_no_sequences(make_source: Callable[.
         next(source.batches(200))
     with pytest.raises(ConfigError, match="20 positions do not hold one sequence of 99"):
         source.batches(20)
-    with pytest.raises(ConfigError, match=r"batch of 2 sequences beside the 4 .*set it to 2376 or so"):
+    with pytest.raises(ConfigError, match=r"batch of 198 beside the 396 .*set it to 2376 or so"):
         make_source(hook="model.layers.0", sequences=True, context_size=100).batches(200)
 
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from sae_core import ActivationBatch
 from sae_core.cli import main
 from sae_core.errors import ConfigError, DataError, UnknownNameError
 from sae_core.protocols import Resumable
 from sae_synthetic import (
     ActivationGenerator,
     FeatureDictionary,
+    MultiSiteSource,
+    MultiSiteSourceConfig,
     SyntheticActivationIterator,
     SyntheticModel,
     SyntheticModelConfig,
@@ -78,6 +81,35 @@ def test_a_seed_of_a_source_is_exact() -> None:
     one, same, other = (torch.cat(_first(_source(seed=seed), 2)) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_are_rows_of_the_batches_that_one_process_has(ranks: int) -> None:
+    whole = _first(_source(seed=5, total_samples=40), 3)
+    for rank in range(ranks):
+        parts = _source(seed=5, total_samples=40).parts(16, rank, ranks)
+        first, state = next(parts), parts.state_dict()
+        for (part, size), expected in zip([first, *parts], whole, strict=True):
+            assert size == len(expected)
+            torch.testing.assert_close(part, expected[rank::ranks], rtol=0, atol=0)
+        alone = _source(seed=5, total_samples=40).batches(16)
+        alone.load_state_dict(state)
+        assert torch.equal(next(alone), whole[1])
+
+
+def test_pairs_of_several_sites_come_in_parts_too() -> None:
+    def source() -> MultiSiteSource:
+        return MultiSiteSource(MultiSiteSourceConfig(num_features=32, sites={"in": 16}, targets={"out": 8}, seed=3))
+
+    whole = next(source().batches(9))
+    (part, size), _ = (next(source().parts(9, rank, 2)) for rank in (1, 0))
+    assert isinstance(part, ActivationBatch)
+    assert isinstance(whole, ActivationBatch)
+    assert size == 9
+    assert torch.equal(part.inputs, whole.inputs[1::2])
+    assert part.targets is not None
+    assert whole.targets is not None
+    assert torch.equal(part.targets, whole.targets[1::2])
 
 
 def test_total_samples_end_the_source_also_after_a_pause() -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "GivesSequences",
     "HasFingerprint",
     "HasMetadata",
+    "HasOwnPlace",
     "HasTargets",
     "KnowsBaseModels",
     "LoadedSAE",
@@ -102,12 +103,26 @@ class GivesSequences(Protocol):
 class GivesParts(Protocol):
     """A source that can give one of several processes its rows of every batch without reading or computing the others'.
 
-    `parts(batch_size, rank, ranks)` yields for each of the `batches(batch_size)` its rows ``rank::ranks`` (of sequences, its
-    sequences), and how many rows the whole batch has. The iterator's state is that of `batches`, the same on every rank. A
-    source without this is read whole by every process.
+    `parts(batch_size, rank, ranks)` yields of each batch its rows ``rank::ranks`` (of sequences, its sequences), and how many
+    rows the whole batch has. Either these are the `batches(batch_size)`, and the iterator's state is that of `batches`, the
+    same on every rank. Or the iterator `HasOwnPlace`: it reads data that no other rank reads, and what all ranks give is the
+    batch. A source without this is read whole by every process.
     """
 
     def parts(self, batch_size: int, rank: int, ranks: int) -> Iterator[tuple[Tensor | ActivationBatch, int]]: ...
+
+
+@runtime_checkable
+class HasOwnPlace(Protocol):
+    """An iterator of parts, and one of `batches` of the same source, whose place is its own: other ranks stand elsewhere.
+
+    `load_places` goes on from what `state_dict` gave on each of the ranks that there were, in their order: exactly where these
+    are as many as now, else so that nothing is read twice and nothing left out. The data end where the first rank has no more.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_places(self, places: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 @runtime_checkable

@@ -60,6 +60,7 @@ from sae_core.training.checkpoint import Checkpoints, Found, sent_from_first
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import named_architecture
+from sae_core.training.feeding import FedSource, fed, feed
 from sae_core.training.held_out import HeldOut
 from sae_core.training.loggers import JsonlConfig, JsonlLogger
 from sae_core.training.trainer import Trainer, TrainResult
@@ -193,6 +194,9 @@ def execute_all(
         ranks.latents is None or not resume,
         "--resume: a run whose latents are shared out over processes leaves no checkpoints; start it anew",
     )
+    if ranks.reads_only:
+        _read_for_others(run, ranks)
+        return {}
     if not ranks.first:
         return _train(run, None, None, force=force, ranks=ranks)
     with locked(run.output.absolute()) as folder:
@@ -205,6 +209,22 @@ def execute_all(
         else:
             folder.for_new_run(overwrite=overwrite)
         return _train(run, folder, found, force=force, ranks=ranks)
+
+
+def _read_for_others(run: RunConfig, ranks: Ranks) -> None:
+    run = dataclasses.replace(run, device=_own_device(run, ranks))
+    batch_size = next(iter(members_in(run).values())).train.batch_size
+    with first_signal(lambda which: None, quiet=True):  # those that train hear it too, and say when it is enough
+        feed(open_source(run), batch_size, ranks)
+
+
+def _own_device(run: RunConfig, ranks: Ranks) -> str:
+    device = chosen_device(run.device)
+    require(
+        ranks.run.size == 1 or torch.device(device).index is None,  # pyright: ignore[reportUnnecessaryComparison] - torch says int
+        f"device: {device} is one for {ranks.run.size} processes; say cuda, and each takes its own",
+    )
+    return device
 
 
 def open_source(run: RunConfig) -> ActivationSource:
@@ -221,13 +241,32 @@ def _train(
     run: RunConfig, folder: RunFolder | None, found: Found | None, *, force: bool, ranks: Ranks
 ) -> dict[str, TrainResult]:
     """Train on this rank; `folder` is that of the first one, and None on the others."""
-    run = dataclasses.replace(run, device=chosen_device(run.device))
-    require(
-        ranks.world.size == 1 or torch.device(run.device).index is None,  # pyright: ignore[reportUnnecessaryComparison] - torch says int
-        f"device: {run.device} is one for {ranks.world.size} processes; say cuda, and each takes its own",
-    )
+    run = dataclasses.replace(run, device=_own_device(run, ranks))
+    source = open_source(run) if ranks.run is ranks.world else fed(ranks)
+    try:
+        results = _train_on(source, run, folder, found, force=force, ranks=ranks)
+    except RunStopped:
+        _close(source)
+        raise
+    _close(source)
+    return results
+
+
+def _close(source: ActivationSource) -> None:
+    if isinstance(source, FedSource):
+        source.close()
+
+
+def _train_on(
+    source: ActivationSource,
+    run: RunConfig,
+    folder: RunFolder | None,
+    found: Found | None,
+    *,
+    force: bool,
+    ranks: Ranks,
+) -> dict[str, TrainResult]:
     members = members_in(run)
-    source = open_source(run)
     state = sent_from_first(None if found is None else found.state, ranks)
     initial = {} if state is None else state["initial"]
     with latents_over(ranks.latents):
@@ -308,6 +347,11 @@ def _held_out(run: RunConfig, source: ActivationSource) -> HeldOut | None:
         return None
     settings = dict(run.eval)
     every = cast("int | float", settings.pop("every_samples"))
+    require(
+        not isinstance(source, FedSource),
+        "eval: the processes that train have no source to measure on, other processes read it; leave out eval, or "
+        "parallel.source",
+    )
     if not isinstance(source, MeasuresHeldOut):
         raise ConfigError(
             f"eval: the source {run.source['name']!r} has nothing to measure on during training; leave out eval"

@@ -7,6 +7,8 @@ wrote, folders of Arrow files with a column a hook point, are read the same way.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +23,7 @@ from sae_core.data.shuffle import ShuffleBuffer
 from sae_core.errors import ConfigError, FormatError, did_you_mean
 from torch import Tensor
 
-from sae_lm.batches import Batches, Chunk, Passes
+from sae_lm.batches import Batches, Chunk, Parts, Passes
 from sae_lm.caching import CACHE_FILE, read_cache
 from sae_lm.inputs import explaining_memory
 from sae_lm.model import place
@@ -45,7 +47,9 @@ class CachedActivationsConfig:
         default=(), help="places that the dictionary writes to; if not given, as it was made"
     )
     buffer_rows: int | None = option(
-        default=None, help="activations in the shuffle buffer; if not given, as many as the source had that was cached"
+        default=None,
+        help="activations in the shuffle buffer, which several processes share out; if not given, as many as the source had "
+        "that was cached",
     )
     buffer_device: str = option(default="cpu", help="where the buffer is, and with it the batches")
     activation_dtype: Literal["stored", "float32", "bfloat16", "float16"] = option(
@@ -83,6 +87,8 @@ class _Store(Protocol):
     def chunk(self, number: int, names: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
         """The places asked for, and the token ids of the rows if there are any."""
         ...
+
+    def fingerprint(self) -> str: ...
 
     def metadata(self) -> dict[str, Any]: ...
 
@@ -151,21 +157,34 @@ class CachedActivations:
 
         Raises ConfigError when the buffer is too small for a batch.
         """
+        return Batches(self._passes, self._batch_rows(batch_size))
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Parts:
+        """The share of one of several processes: it reads every `ranks`-th chunk."""
+        return Parts(self._passes, self._batch_rows(batch_size), rank, ranks)
+
+    def fingerprint(self) -> str:
+        """Of what the cache says of its shards, or of the first sequences where it says nothing."""
+        return self._store.fingerprint()
+
+    def _batch_rows(self, batch_size: int) -> int:
+        positions = self._store.sequence_length or 1
+        require(
+            batch_size >= positions,
+            f"batch_size: {batch_size} positions do not hold one sequence of {positions}; raise it",
+        )
+        return batch_size // positions
+
+    @property
+    def _passes(self) -> Passes:
         config, store = self.config, self._store
         positions = store.sequence_length or 1
-        buffer_rows = (config.buffer_rows or store.buffer_rows) // positions
-        rows = batch_size // positions
-        enough = 4 * (store.largest + rows) * positions
-        require(rows > 0, f"batch_size: {batch_size} positions do not hold one sequence of {positions}; raise it")
-        require(
-            buffer_rows >= store.largest + rows,
-            f"buffer_rows: {buffer_rows * positions} cannot hold a batch of {batch_size} beside the "
-            f"{store.largest * positions} activations that arrive at once; {enough} or so will do",
-        )
-        passes = Passes(
+        return Passes(
             name=str(config.path),
             open=self._open_pass,
-            new_buffer=lambda: self._new_buffer(buffer_rows, positions),
+            new_buffer=lambda rows, seed: self._new_buffer(rows, positions, seed),
+            buffer_rows=(config.buffer_rows or store.buffer_rows) // positions,
+            seed=config.seed,
             hand_out=lambda rows: pick(rows, self._stored, self.sites, self.target_sites, store.sequence_length),
             largest_chunk=store.largest,
             epochs=config.epochs,
@@ -173,24 +192,24 @@ class CachedActivations:
             empty=f"{config.path}: the cache gives no row to train on",
             positions=positions,
         )
-        return Batches(passes, rows)
 
-    def _new_buffer(self, rows: int, positions: int) -> ShuffleBuffer:
+    def _new_buffer(self, rows: int, positions: int, seed: int) -> ShuffleBuffer:
         sample = self._chunk(0)[:0]
         with explaining_memory(f"a shuffle buffer of {rows * positions:,} activations", "buffer_rows"):
             return ShuffleBuffer(
                 rows,
                 sample.shape[1],
-                seed=self.config.seed,
+                seed=seed,
                 dtype=sample.dtype,
                 device=place(self.config.buffer_device),
             )
 
-    def _open_pass(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Chunk]:
-        start = skip if state is None else int(state["chunk"])
-        for number in range(start, self._store.chunks):
+    def _open_pass(
+        self, place_: Mapping[str, Any] | None, first: int, wanted: Callable[[int], bool]
+    ) -> Iterator[Chunk]:
+        for number in filter(wanted, range(first, self._store.chunks)):
             behind = {"chunk": number + 1}
-            yield self._chunk(number), behind.copy
+            yield Chunk(number, self._chunk(number), behind.copy)
 
     def _chunk(self, number: int) -> Tensor:
         """(rows, width), or (sequences, positions * width), of one chunk: the places side by side."""
@@ -290,6 +309,10 @@ class _Shards:
         self._current = (shard, file)
         return file
 
+    def fingerprint(self) -> str:
+        fixed = {**self._record, "shards": self._record["shards"][:1]}  # more may be written meanwhile
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
+
     def metadata(self) -> dict[str, Any]:
         return dict(self._record["metadata"])
 
@@ -330,6 +353,11 @@ class _ArrowCache:
         rows = self._data.select_columns(columns)[number * self._at_once : (number + 1) * self._at_once]
         found = {name: cast("Tensor", rows[name]).flatten(0, 1) for name in names}
         return found, cast("Tensor", rows["token_ids"]).flatten() if self._has_tokens else None
+
+    def fingerprint(self) -> str:
+        found, _ = self.chunk(0, list(self.sites))
+        first = b"".join(rows.contiguous().view(torch.uint8).numpy().tobytes() for rows in found.values())
+        return f"{len(self._data)} sequences, {hashlib.sha256(first).hexdigest()[:12]}"
 
     def metadata(self) -> dict[str, Any]:
         return {}

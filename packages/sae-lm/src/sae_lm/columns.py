@@ -11,7 +11,7 @@ rows is held out, by a hash of their content, and `sae-core eval` measures on th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,11 +24,11 @@ from sae_core.errors import ConfigError, DataError, did_you_mean
 from sae_core.protocols import ActivationBatch
 from torch import Tensor, nn
 
-from sae_lm.batches import Batches, Chunk, Passes, check_buffer
+from sae_lm.batches import Batches, Chunk, Parts, Passes
 from sae_lm.hooks import HookPoint, capture
 from sae_lm.inputs import evaluating, explaining_memory, to_device
 from sae_lm.model import NO_TOKENIZER, LanguageModel, load, place
-from sae_lm.source import Site, pick, side_by_side
+from sae_lm.source import Site, few_numbers, pick, side_by_side
 from sae_lm.text import DatasetConfig, Part, open_dataset, skipped
 
 __all__ = ["ColumnsConfig", "HuggingFaceColumns"]
@@ -69,7 +69,9 @@ class ColumnsConfig:
     )
     exclude_last: int = option(default=0, help="leave out this many positions at the end of every row")
     batch_rows: int = option(default=16, help="rows of the data set that run through the model at once")
-    buffer_rows: int = option(default=65_536, help="activations in the shuffle buffer, allocated at once")
+    buffer_rows: int = option(
+        default=65_536, help="activations in the shuffle buffer, allocated at once; several processes share them out"
+    )
     buffer_device: str = option(default="model", help="where the buffer is; model: where the activations are")
     prefetch: int | None = option(
         default=None,
@@ -164,9 +166,27 @@ class HuggingFaceColumns:
 
         Raises ConfigError when the buffer is too small for a batch, DataError when no row is held out though some should be.
         """
+        return Batches(self._passes, batch_size)
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Parts:
+        """The share of one of several processes: it runs the model on every `ranks`-th `batch_rows` rows of the data set."""
+        return Parts(self._passes, batch_size, rank, ranks)
+
+    def fingerprint(self) -> str:
+        """Of the first row and of a few of each tensor's numbers of the model."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        _, first = next(self._rows("all", 0), (0, dict[str, Tensor]()))
+        found = hashlib.sha256(few_numbers(self.language_model.model))
+        for name in sorted(first):
+            found.update(first[name].contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:12]
+
+    @property
+    def _passes(self) -> Passes:
         config = self.config
-        at_once = config.batch_rows * len(next(iter(self._sample.values())))
-        check_buffer(config.buffer_rows, batch_size, at_once)
         if config.held_out and next(self._rows("held_out", 0), None) is None:
             raise DataError(
                 f"data: none of the rows of {config.data.path} falls into the {config.held_out:g} held out for evaluation; "
@@ -174,18 +194,19 @@ class HuggingFaceColumns:
             )
         stored = {site.name: self._sample[site.name].shape[-1] for site in self._stored}
         on_gpu = self.language_model.device.type == "cuda"
-        passes = Passes(
+        return Passes(
             name=config.data.path,
             open=self._open_pass,
             new_buffer=self._new_buffer,
+            buffer_rows=config.buffer_rows,
+            seed=config.seed,
             hand_out=lambda rows: pick(rows, stored, self.sites, self.target_sites),
-            largest_chunk=at_once,
+            largest_chunk=config.batch_rows * len(next(iter(self._sample.values()))),
             epochs=config.epochs,
             on_exhausted=config.on_exhausted,
             empty=f"data: {config.data.path} gives no position to train on",
             prefetch=config.prefetch if config.prefetch is not None else 2 if on_gpu else 0,
         )
-        return Batches(passes, batch_size)
 
     def held_out_batches(self) -> Iterator[ActivationBatch]:
         """The activations of the rows that are held out, in their order: inputs, and targets where there are some."""
@@ -217,23 +238,24 @@ class HuggingFaceColumns:
         settings = cast("Mapping[str, Any]", ours["columns"])
         return cls(structure({**settings, **changes}, ColumnsConfig, where="metadata: sae_lm.columns"))
 
-    def _new_buffer(self) -> ShuffleBuffer:
+    def _new_buffer(self, rows: int, seed: int) -> ShuffleBuffer:
         config, sample = self.config, self._joined(self._sample)
         device = sample.device if config.buffer_device == "model" else place(config.buffer_device)
-        with explaining_memory(f"a shuffle buffer of {config.buffer_rows:,} activations", "buffer_rows"):
-            return ShuffleBuffer(
-                config.buffer_rows, sample.shape[1], seed=config.seed, dtype=sample.dtype, device=device
-            )
+        with explaining_memory(f"a shuffle buffer of {rows:,} activations", "buffer_rows"):
+            return ShuffleBuffer(rows, sample.shape[1], seed=seed, dtype=sample.dtype, device=device)
 
-    def _open_pass(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Chunk]:
-        start = 0 if state is None else int(state["row"])
-        groups = _in_groups(self._rows("train", start), self.config.batch_rows)
-        for rows in islice(groups, skip, None):
+    def _open_pass(
+        self, place_: Mapping[str, Any] | None, first: int, wanted: Callable[[int], bool]
+    ) -> Iterator[Chunk]:
+        start, at = (0, 0) if place_ is None else (int(place_["row"]), first)
+        for number, rows in enumerate(_in_groups(self._rows("train", start), self.config.batch_rows), at):
+            if number < first or not wanted(number):
+                continue
             joined = self._joined(self._counting(rows))
             if self.config.buffer_device != "model":
                 joined = joined.to(place(self.config.buffer_device))
             behind = {"row": rows[-1][0] + 1}
-            yield joined, behind.copy
+            yield Chunk(number, joined, behind.copy)
 
     def _rows(self, part: Part, start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Rows of a part from the row numbered `start` on, each with its number."""

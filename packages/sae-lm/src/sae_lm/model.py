@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from sae_core.config import require
 from sae_core.errors import ConfigError, MissingDependencyError, did_you_mean
+from sae_core.parallel.joining import is_first
 from sae_core.sae import as_device
 from torch import Tensor, nn
 
@@ -153,6 +154,8 @@ def load(
         raise ConfigError(
             f"model_class: transformers has no model class {model_class!r}{did_you_mean(model_class, autos)}"
         )
+    if not is_first():
+        transformers.utils.logging.disable_progress_bar()
     files = locate(name)
     arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
     if files.gguf_file is not None:

@@ -15,6 +15,7 @@ order and precision in which they go to the buffer, so that batches are the same
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import threading
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
@@ -34,7 +34,7 @@ from sae_core.errors import ConfigError, DataError
 from sae_core.protocols import ActivationBatch, Memory
 from torch import Tensor, nn
 
-from sae_lm.batches import Batches, Chunk, Passes, check_buffer
+from sae_lm.batches import Batches, Chunk, Parts, Passes
 from sae_lm.hooks import HookPoint, capture, find_module
 from sae_lm.inputs import evaluating, explaining_memory, flatten_positions, model_inputs, positions_of, to_device
 from sae_lm.model import LanguageModel, is_transformer_lens, load, load_tokenizer, place, weights_size
@@ -50,6 +50,7 @@ __all__ = [
     "HuggingFaceSourceConfig",
     "Site",
     "columns_of",
+    "few_numbers",
     "pick",
     "side_by_side",
 ]
@@ -133,7 +134,9 @@ class HuggingFaceSourceConfig:
     )
     context_size: int = option(default=128, help="tokens in a window, special tokens included")
     batch_prompts: int = option(default=32, help="windows that run through the model at once")
-    buffer_rows: int = option(default=65_536, help="activations in the shuffle buffer, allocated at once")
+    buffer_rows: int = option(
+        default=65_536, help="activations in the shuffle buffer, allocated at once; several processes share them out"
+    )
     buffer_device: str = option(default="model", help="where the buffer is; model: where the activations are")
     sequences: bool = option(
         default=False,
@@ -445,30 +448,46 @@ class HuggingFaceSource:
         Raises ConfigError when the buffer is too small for a batch, DataError when the held-out part is empty, when the text
         does not give one batch, or at the end when the config says so.
         """
-        config = self.config
-        positions = self.sequence_length if config.sequences else 1
-        assert positions is not None
+        return Batches(self._passes, self._batch_rows(batch_size))
+
+    def parts(self, batch_size: int, rank: int, ranks: int) -> Parts:
+        """The share of one of several processes: it runs the model on every `ranks`-th `batch_prompts` windows."""
+        return Parts(self._passes, self._batch_rows(batch_size), rank, ranks)
+
+    def fingerprint(self) -> str:
+        """Of the first windows and of a few of each tensor's numbers of the models."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        first = next(self.windows("train"), None)
+        found = hashlib.sha256(b"" if first is None else first.tokens.numpy().tobytes())
+        models = [self.language_model, *([self.second_language_model] if self.config.second_model else [])]
+        for each in models:
+            found.update(few_numbers(each.model))
+        return found.hexdigest()[:12]
+
+    def _batch_rows(self, batch_size: int) -> int:
+        positions = self.sequence_length or 1
         require(
             batch_size >= positions,
             f"batch_size: {batch_size} positions do not hold one sequence of {positions}; raise it",
         )
-        at_once = config.batch_prompts if config.sequences else config.batch_prompts * config.context_size
-        rows, buffer_rows = batch_size // positions, config.buffer_rows // positions
-        if config.sequences:
-            require(
-                buffer_rows >= at_once + rows,
-                f"buffer_rows: {config.buffer_rows} cannot hold a batch of {rows} sequences beside the {at_once} that arrive "
-                f"at once (batch_prompts); set it to {4 * (at_once + rows) * positions} or so",
-            )
-        else:
-            check_buffer(buffer_rows, rows, at_once)
+        return batch_size // positions
+
+    @property
+    def _passes(self) -> Passes:
+        config = self.config
+        positions = self.sequence_length or 1
         require_held_out(config.text)
-        passes = Passes(
+        return Passes(
             name=config.text.description,
             open=self._open_pass,
-            new_buffer=lambda: self._new_buffer(buffer_rows, positions),
+            new_buffer=lambda rows, seed: self._new_buffer(rows, positions, seed),
+            buffer_rows=config.buffer_rows // positions,
+            seed=config.seed,
             hand_out=lambda rows: pick(rows, self.stored_sites, self.sites, self.target_sites, self.sequence_length),
-            largest_chunk=at_once,
+            largest_chunk=config.batch_prompts if config.sequences else config.batch_prompts * config.context_size,
             epochs=config.epochs,
             on_exhausted=config.on_exhausted,
             empty=_no_rows(config),
@@ -476,7 +495,6 @@ class HuggingFaceSource:
             keep_bytes=config.cache_limit_gb * 1e9 if config.cache_activations else 0.0,
             prefetch=self._prefetch() if config.prefetch is None else config.prefetch,
         )
-        return Batches(passes, rows)
 
     # What it costs.
 
@@ -529,20 +547,24 @@ class HuggingFaceSource:
     def _prefetch(self) -> int:
         return 2 if self.language_model.device.type == "cuda" else 0
 
-    def _new_buffer(self, rows: int, positions: int) -> ShuffleBuffer:
+    def _new_buffer(self, rows: int, positions: int, seed: int) -> ShuffleBuffer:
         config = self.config
         sample = side_by_side(self.by_site(self.one_token, torch.tensor([0])))
         device = sample.device if config.buffer_device == "model" else place(config.buffer_device)
         with explaining_memory(f"a shuffle buffer of {rows * positions:,} activations", "buffer_rows"):
-            return ShuffleBuffer(rows, sample.shape[1] * positions, seed=config.seed, dtype=sample.dtype, device=device)
+            return ShuffleBuffer(rows, sample.shape[1] * positions, seed=seed, dtype=sample.dtype, device=device)
 
-    def _open_pass(self, state: Mapping[str, Any] | None, skip: int) -> Iterator[Chunk]:
-        stream = self.windows("train", state=state)
-        for windows in islice(stream, skip, None):  # skipped windows are tokenised and not run
+    def _open_pass(
+        self, place_: Mapping[str, Any] | None, first: int, wanted: Callable[[int], bool]
+    ) -> Iterator[Chunk]:
+        stream = self.windows("train", state=place_)
+        for number, windows in enumerate(stream, 0 if place_ is None else first):
+            if number < first or not wanted(number):  # tokenised and not run
+                continue
             rows = self.activations(windows) if not self.config.sequences else self._sequences(windows)
             if self.config.buffer_device != "model":
                 rows = rows.to(place(self.config.buffer_device))
-            yield rows, stream.mark().state_dict
+            yield Chunk(number, rows, stream.mark().state_dict)
 
     def held_out(self, config: HeldOutConfig) -> Callable[[SAE[Any]], Mapping[str, float]]:
         """A function that says what a dictionary in training does to the model's predictions on held-out text.
@@ -604,6 +626,17 @@ class HuggingFaceSource:
                 "the SAE's metadata do not say what it was trained on: there is no 'sae_lm' with a 'source'"
             )
         return cls(structure({**ours["source"], **changes}, HuggingFaceSourceConfig, where="metadata: sae_lm.source"))
+
+
+def few_numbers(model: nn.Module) -> bytes:
+    """A few numbers of each tensor of a model: another model, or another checkpoint of it, has others."""
+    found: list[bytes] = []
+    for name, tensor in model.named_parameters():
+        found.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            some = tensor.detach()[(0,) * (tensor.dim() - 1)][..., :16]
+            found.append(some.contiguous().view(torch.uint8).cpu().numpy().tobytes() if tensor.dim() else b"")
+    return b" ".join(found)
 
 
 def side_by_side(found: Mapping[str, Tensor]) -> Tensor:

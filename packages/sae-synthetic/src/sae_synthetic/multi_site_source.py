@@ -13,7 +13,7 @@ from sae_core.sae import as_device
 from torch import Tensor
 
 from sae_synthetic.multi_site import MultiSiteModel, MultiSiteModelConfig
-from sae_synthetic.source import SyntheticBatches
+from sae_synthetic.source import SyntheticBatches, SyntheticParts, directions_fingerprint
 from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world, saved_world
 
 __all__ = ["MultiSiteBatches", "MultiSiteSource", "MultiSiteSourceConfig"]
@@ -84,6 +84,16 @@ class MultiSiteSource:
         """A row of batches, every time from the first; the last is shorter where `total_samples` ends it."""
         return MultiSiteBatches(self.model, batch_size, self.config.total_samples)
 
+    def parts(self, batch_size: int, rank: int, ranks: int) -> SyntheticParts:
+        """The rows of one of several processes; see `SyntheticSource.parts`."""
+        return SyntheticParts(
+            MultiSiteBatches(self.model, batch_size, self.config.total_samples, rank=rank, ranks=ranks)
+        )
+
+    def fingerprint(self) -> str:
+        """Of the directions of a saved world; see `SyntheticSource.fingerprint`."""
+        return directions_fingerprint(self.config, self.model.reads)
+
     def metadata(self) -> dict[str, Any]:
         """The world behind the activations."""
         return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved_world(self.config)}}
@@ -93,14 +103,27 @@ class MultiSiteSource:
 class MultiSiteBatches(Iterator["Tensor | ActivationBatch"]):
     """One row of batches of a world, with a place of its own; see `SyntheticBatches`."""
 
-    def __init__(self, model: MultiSiteModel, batch_size: int, total_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        model: MultiSiteModel,
+        batch_size: int,
+        total_samples: int | None = None,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         generator = model.activation_generator
         self._generator = generator.fork(generator.seed)
         self._writes = model.writes
-        self._inputs = SyntheticBatches(model.reads, self._generator, batch_size, total_samples)
+        self._inputs = SyntheticBatches(model.reads, self._generator, batch_size, total_samples, rank=rank, ranks=ranks)
 
     def __iter__(self) -> MultiSiteBatches:
         return self
+
+    @property
+    def last_size(self) -> int:
+        """How many rows the last batch had on all ranks."""
+        return self._inputs.last_size
 
     @torch.no_grad()
     def __next__(self) -> Tensor | ActivationBatch:

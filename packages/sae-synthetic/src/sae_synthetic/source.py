@@ -6,12 +6,13 @@ Batch i of a seed is always the same, so a run can stop and go on exactly. The p
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Protocol, final
 
 import torch
-from sae_core import SparseCodes
+from sae_core import ActivationBatch, SparseCodes
 from sae_core.config import option, require
 from sae_core.errors import DataError
 from sae_core.sae import as_device
@@ -22,7 +23,13 @@ from sae_synthetic.generator import ActivationGenerator
 from sae_synthetic.model import SyntheticModel, SyntheticModelConfig
 from sae_synthetic.source_config import WorldSourceConfig, check_world, new_world, saved_world
 
-__all__ = ["SyntheticActivationIterator", "SyntheticBatches", "SyntheticSource", "SyntheticSourceConfig"]
+__all__ = [
+    "SyntheticActivationIterator",
+    "SyntheticBatches",
+    "SyntheticParts",
+    "SyntheticSource",
+    "SyntheticSourceConfig",
+]
 
 
 @final
@@ -97,8 +104,9 @@ class SyntheticActivationIterator:
 class SyntheticBatches(Iterator[Tensor]):
     """One row of batches (batch_size, hidden_dim); `state_dict` holds the place in it.
 
-    `total_samples` ends it, with a shorter last batch; None never does. `autocast` sums features in bfloat16. Raises
-    ConfigError for sizes below 1.
+    `total_samples` ends it, with a shorter last batch; None never does. `autocast` sums features in bfloat16. Of several
+    `ranks` this one sums up the rows that are its own, of the batches that one process has; `last_size` is how many rows the
+    last batch had on all ranks. Raises ConfigError for sizes below 1.
 
     >>> row = SyntheticBatches(FeatureDictionary(4, 8, seed=0), ActivationGenerator(4, 0.5, seed=0), 16, total_samples=24)
     >>> [len(batch) for batch in row], row.state_dict()["samples"]
@@ -113,13 +121,17 @@ class SyntheticBatches(Iterator[Tensor]):
         total_samples: int | None = None,
         *,
         autocast: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(total_samples is None or total_samples >= 1, f"total_samples must be at least 1, not {total_samples}")
         self._features, self._generator = feature_dict, generator
         self._batch_size, self._total = batch_size, total_samples
         self._autocast = autocast
+        self._rank, self._ranks = rank, ranks
         self._samples = 0
+        self.last_size = 0
 
     def __iter__(self) -> SyntheticBatches:
         return self
@@ -133,9 +145,10 @@ class SyntheticBatches(Iterator[Tensor]):
         size = self._batch_size if self._total is None else min(self._batch_size, self._total - self._samples)
         if size <= 0:
             raise StopIteration
-        codes = self._generator.sample_codes(size)
+        codes = _rows_of_rank(self._generator.sample_codes(size), self._rank, self._ranks)
         batch = _hidden(self._features, codes, self._autocast)
         self._samples += size
+        self.last_size = size
         return batch, codes
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,6 +164,50 @@ class SyntheticBatches(Iterator[Tensor]):
             raise DataError(f"synthetic batches: state 'samples' must be a non-negative integer, not {samples!r}")
         self._generator.load_state_dict(dict(generator))
         self._samples = samples
+
+
+class _Batches(Protocol):
+    @property
+    def last_size(self) -> int: ...
+
+    def __next__(self) -> Tensor | ActivationBatch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@final
+class SyntheticParts(Iterator["tuple[Tensor | ActivationBatch, int]"]):
+    """One of several processes' rows of each of the `batches`, which are made for it, and how many rows the whole one has."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> SyntheticParts:
+        return self
+
+    def __next__(self) -> tuple[Tensor | ActivationBatch, int]:
+        return next(self._batches), self._batches.last_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, which is the same for all of them."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._batches.load_state_dict(state)
+
+
+def _rows_of_rank(codes: SparseCodes, rank: int, ranks: int) -> SparseCodes:
+    """Rows rank, rank + ranks, and so on."""
+    if ranks == 1:
+        return codes
+    row_E = codes.row_ids()
+    here_E = row_E % ranks == rank
+    row_E = row_E[here_E].div(ranks, rounding_mode="floor")
+    rows = len(range(rank, codes.rows, ranks))
+    return SparseCodes.of_rows(codes.values[here_E], row_E, codes.indices[here_E], codes.d_sae, (rows,))
 
 
 def _hidden(features: FeatureDictionary, codes: SparseCodes, autocast: bool) -> Tensor:
@@ -210,9 +267,31 @@ class SyntheticSource:
         row = generator.fork(generator.seed)  # its position is its own
         return SyntheticBatches(self.model.feature_dict, row, batch_size, self.config.total_samples)
 
+    def parts(self, batch_size: int, rank: int, ranks: int) -> SyntheticParts:
+        """The rows of one of several processes; which features fire is drawn by all, the activations are its own."""
+        generator = self.model.activation_generator
+        row = generator.fork(generator.seed)
+        return SyntheticParts(
+            SyntheticBatches(
+                self.model.feature_dict, row, batch_size, self.config.total_samples, rank=rank, ranks=ranks
+            )
+        )
+
+    def fingerprint(self) -> str:
+        """Of the directions of a saved model, which may be another one in a file of the same name."""
+        return directions_fingerprint(self.config, self.model.feature_dict)
+
     def metadata(self) -> dict[str, Any]:
         """The model behind the activations."""
         return {"synthetic_model": {"config": self.model.cfg.to_dict(), "path": saved_world(self.config)}}
+
+
+def directions_fingerprint(config: WorldSourceConfig, features: FeatureDictionary) -> str:
+    """A few letters for the directions of a saved model; a new one is known by its settings."""
+    if config.model is None:
+        return "new"
+    some = features.feature_vectors[:16].detach().cpu().contiguous()
+    return hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
 
 
 def _model_config(config: SyntheticSourceConfig) -> SyntheticModelConfig:

@@ -65,7 +65,7 @@ class Train:
                 return 128 + stopped.signal
             if ranks.first:
                 return self._say(run, results)
-        return 0 if any(result.dropped is None for result in results.values()) else 1
+        return 0 if not results or any(result.dropped is None for result in results.values()) else 1
 
     def _say(self, run: RunConfig, results: Mapping[str, TrainResult]) -> int:
         from sae_core.cli.tables import table

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sae_core.errors import ConfigError, DataError
+from sae_core.errors import ConfigError, DataError, SaeCoreError
 from sae_core.parallel.ranks import ALONE, Ranks
-from sae_core.protocols import ActivationBatch, ActivationSource, GivesParts, Resumable
+from sae_core.protocols import ActivationBatch, ActivationSource, GivesParts, HasOwnPlace, Resumable
 
 __all__ = ["Batch", "ListedBatches", "Part", "Stream", "part_of", "rows_of"]
 
 Batch = Tensor | ActivationBatch
+_PLACES = "places"  # of all ranks, where each has its own
+_FAILED, _ENDED, _GIVEN = range(3)
 
 
 @final
@@ -57,6 +59,15 @@ class ListedBatches:
         self._position = state["position"]
 
 
+@runtime_checkable
+class AsksAhead(Protocol):
+    """An iterator that has asked for a batch, which its state is behind, before it hands it out."""
+
+    def asked_for(self) -> list[Any]:
+        """What is on its way; nothing is afterwards."""
+        ...
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
@@ -71,7 +82,7 @@ class Stream:
     """Batches of a source, one after the other; where `ranks` are several, this one's part of each.
 
     `source` is an `ActivationSource`, which is asked for batches of `batch_size`, or any iterable of batches. One that does not
-    give parts is read whole by every rank.
+    give parts is read whole by every rank. Where every rank reads data of its own, the stream ends for all of them together.
 
     >>> stream = Stream(["a", "b", "c"], batch_size=1)
     >>> stream.peek(lambda batches: len(batches) >= 2)
@@ -110,7 +121,8 @@ class Stream:
 
     def _read(self) -> Batch | Part:
         if self._parts is not None:
-            return Part(*next(self._parts))
+            own = isinstance(self._parts, HasOwnPlace)
+            return Part(*(_next_of_all(self._parts, self._ranks) if own else next(self._parts)))
         batch = next(self._batches)
         if self._ranks.size == 1:
             return batch
@@ -142,25 +154,38 @@ class Stream:
     @property
     def resumable(self) -> bool:
         """Whether the position can be saved and restored."""
-        return isinstance(self._batches, Resumable)
+        return isinstance(self._batches, Resumable | HasOwnPlace)
 
     def state_dict(self) -> dict[str, Any]:
-        """The iterator's state and the batches looked at ahead, whole. Raises DataError where the source has no state."""
-        if not isinstance(self._batches, Resumable):
+        """The iterator's state, or on the first rank those of all, and the batches looked at ahead, whole.
+
+        Raises DataError where the source has no state.
+        """
+        if not isinstance(self._batches, Resumable | HasOwnPlace):
             raise DataError(
                 f"the source's iterator ({type(self._batches).__name__}) has no state_dict and load_state_dict, so its "
                 "position cannot be saved"
             )
-        return {"source": self._batches.state_dict(), "ahead": [self._plain(batch) for batch in self._ahead]}
+        if isinstance(self._batches, AsksAhead):
+            coming = self._batches.asked_for()
+            self._ahead.extend(coming if self._parts is None else [Part(*each) for each in coming])
+        source = self._batches.state_dict()
+        if self._parts is not None and isinstance(self._parts, HasOwnPlace):
+            source = {_PLACES: self._ranks.at_first(source)}
+        return {"source": source, "ahead": [self._plain(batch) for batch in self._ahead]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on at a saved position; call it before the first batch is taken."""
-        if not isinstance(self._batches, Resumable):
+        saved: Mapping[str, Any] = state["source"]
+        if isinstance(self._batches, HasOwnPlace):
+            self._batches.load_places(saved[_PLACES] if set(saved) == {_PLACES} else [saved])
+        elif isinstance(self._batches, Resumable):
+            self._batches.load_state_dict(saved)
+        else:
             raise DataError(
                 f"the source's iterator ({type(self._batches).__name__}) has no load_state_dict, so it cannot go on "
                 "where it was saved"
             )
-        self._batches.load_state_dict(state["source"])
         ahead = [ActivationBatch(**batch) if isinstance(batch, dict) else batch for batch in state["ahead"]]
         self._ahead = deque(batch if self._ranks.size == 1 else part_of(batch, self._ranks) for batch in ahead)
 
@@ -173,6 +198,24 @@ class Stream:
             return ranks.whole(found, batch.items)
         targets = None if found.targets is None else ranks.whole(found.targets, batch.items)
         return {"inputs": ranks.whole(found.inputs, batch.items), "targets": targets}
+
+
+def _next_of_all(parts: Iterator[tuple[Batch, int]], ranks: Ranks) -> tuple[Batch, int]:
+    """This rank's next part, if all have one: the stream ends, or fails, for all of them together."""
+    found: tuple[Batch, int] | None = None
+    failed: SaeCoreError | None = None
+    try:
+        found = next(parts, None)
+    except SaeCoreError as error:
+        failed = error
+    worst = int(ranks.least(torch.tensor([_FAILED if failed else _ENDED if found is None else _GIVEN])))
+    if worst == _FAILED:
+        said = ranks.everyone(None if failed is None else str(failed))
+        rank, message = next((rank, message) for rank, message in enumerate(said) if message is not None)
+        raise failed or DataError(f"rank {rank}: {message}")
+    if worst == _ENDED or found is None:
+        raise StopIteration
+    return found
 
 
 def _compare(inputs: Tensor, ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ report and ends it quietly.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Generator
@@ -64,6 +65,8 @@ def joined() -> Generator[Ranks]:
         yield ALONE
         return
     ranks, watch = _join()
+    if not ranks.first:
+        logging.disable(logging.WARNING)  # the first rank says it, or an error does
     try:
         yield ranks
         ranks.everyone(None)  # nobody ends before all have: what still fails elsewhere fails here too
@@ -90,21 +93,29 @@ def require_divisible(batch_size: int, processes: int) -> None:
 
 def agree_on(parallel: ParallelConfig, ranks: Ranks) -> Ranks:
     """Take the settings of a run file. Raises ConfigError where other processes were started than it asks for."""
-    latents, were = parallel.latents, "was" if ranks.size == 1 else "were"
+    latents, reading = parallel.latents, parallel.source
+    were = "was" if ranks.size == 1 else "were"
+    beside = f" beside the {reading} of source" if reading else ""
     require(
-        ranks.size % latents == 0,
-        f"parallel.latents: {latents} processes are to share out the latents, but {ranks.size} {were} started; use "
-        f"torchrun --nproc-per-node {latents if parallel.data == 'auto' else latents * parallel.data}, or a multiple",
+        ranks.size > reading,
+        f"parallel.source: {reading} processes are to read the source and others to train, but {ranks.size} {were} started; "
+        "start more, or lower source",
     )
-    data = ranks.size // latents
+    training = ranks.size - reading
+    data, wanted = training // latents, 1 if parallel.data == "auto" else parallel.data
+    start = f"torchrun --nproc-per-node {latents * wanted + reading}"
+    require(
+        training % latents == 0,
+        f"parallel.latents: {latents} processes are to share out the latents, but {training} {were} started{beside}; use "
+        f"{start}, or a multiple",
+    )
     require(
         parallel.data in ("auto", data),
-        f"parallel.data: {parallel.data} processes are to share the batches, but {ranks.size} {were} started"
-        f"{f' for latents: {latents}' if latents > 1 else ''}; use torchrun --nproc-per-node "
-        f"{latents * parallel.data if parallel.data != 'auto' else latents}, or data: auto",
+        f"parallel.data: {parallel.data} processes are to share the batches, but {training} {were} started{beside}"
+        f"{f' for latents: {latents}' if latents > 1 else ''}; use {start}, or data: auto",
     )
     ranks.set_timeout(parallel.timeout_seconds)
-    return ranks.over(latents)
+    return ranks.apart(reading).over(latents)
 
 
 def _join() -> tuple[Ranks, Watch]:

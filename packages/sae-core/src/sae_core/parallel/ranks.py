@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, final
 
 import torch
 from torch import Tensor
@@ -19,15 +19,14 @@ from torch import Tensor
 from sae_core.errors import SaeCoreError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
     from sae_core.parallel.watch import Watch
 
-__all__ = ["ALONE", "RankError", "Ranks"]
+__all__ = ["ALONE", "RankError", "Ranks", "Sum"]
 
 T = TypeVar("T")
 _EXCHANGE = timedelta(hours=24)  # ranks that do not come are found sooner, and by name
-_COALESCED = 2**20  # elements; smaller tensors travel together
 
 
 class RankError(SaeCoreError):
@@ -47,6 +46,9 @@ class Ranks:
     [[1.0], [2.0]]
     """
 
+    packed_below: ClassVar[int] = 2**20
+    """Tensors of fewer elements travel together."""
+
     def __init__(
         self,
         group: ProcessGroup | None = None,
@@ -56,6 +58,8 @@ class Ranks:
     ) -> None:
         self._group, self._watch = group, watch
         self.world, self.latents = self if world is None else world, latents
+        self.run: Ranks = self if world is None else world.run  # those that only read the source included
+        self.reads_only = False
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
 
@@ -72,10 +76,13 @@ class Ranks:
         """
         if latents == 1:
             return self
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        mesh = init_device_mesh(device, (self.size // latents, latents), mesh_dim_names=("data", "latents"))
+        training = torch.arange(self.run.size - self.size if self.reads_only else self.size)
+        mesh = DeviceMesh(device, training.view(-1, latents), mesh_dim_names=("data", "latents"))
+        if self.reads_only:  # groups are made by all
+            return self
         over_latents = Ranks(mesh.get_group("latents"), self._watch)
         made = Ranks(mesh.get_group("data"), self._watch, self, over_latents)
         for each in (over_latents, made):
@@ -83,6 +90,20 @@ class Ranks:
                 torch.zeros(1, device=device), each.size
             )  # connections are made while everybody is known to come
             each.wait_long()
+        return made
+
+    def apart(self, reading: int) -> Ranks:
+        """Those of these ranks that train, the first ones; or for one of the last `reading` ranks those that read."""
+        if not reading:
+            return self
+        import torch.distributed as dist
+
+        training = self.size - reading
+        groups = [dist.new_group(range(training)), dist.new_group(range(training, self.size))]
+        made = Ranks(cast("ProcessGroup", groups[self.rank >= training]), self._watch)
+        made.run, made.reads_only = self, self.rank >= training
+        made.everyone(None)  # connections are made while everybody is known to come
+        made.wait_long()
         return made
 
     def wait_long(self) -> None:
@@ -121,6 +142,19 @@ class Ranks:
             import torch.distributed as dist
 
             self._reduce(list(tensors), dist.ReduceOp.SUM)
+
+    def travels_alone(self, tensor: Tensor) -> bool:
+        """Whether a tensor is so large that `add` would not pack it together with others."""
+        return tensor.numel() >= self.packed_below and tensor.is_contiguous()
+
+    def begin_to_add(self, tensor: Tensor) -> Sum:
+        """Begin to replace a contiguous tensor by its sum over the ranks; it is theirs until ``wait`` has been called."""
+        if self.size == 1:
+            return Sum(self, None)
+        import torch.distributed as dist
+
+        with self.waiting():
+            return Sum(self, dist.all_reduce(tensor, group=self._group, async_op=True))
 
     def least(self, tensor: Tensor) -> Tensor:
         """`tensor`, replaced by its smallest values over the ranks."""
@@ -167,7 +201,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = [value]
-        with self._waiting():
+        with self.waiting():
             dist.broadcast_object_list(values, group=self._group, group_src=0, device=torch.device("cpu"))
         return values[0]
 
@@ -180,9 +214,51 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with self._waiting(), torch.device("cpu"):
+        with self.waiting(), torch.device("cpu"):
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def at_first(self, value: T) -> list[T]:
+        """On the first of these ranks every rank's value, on the others nothing; tensors in it come to lie on the CPU."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with self.waiting(), torch.device("cpu"):
+            dist.gather_object(_on_cpu(value), values, group=self._group, group_dst=0)
+        return values or []
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send a contiguous tensor to `rank`, which has to `receive` it."""
+        import torch.distributed as dist
+
+        with self.waiting():
+            dist.send(tensor, group=self._group, group_dst=rank)
+
+    def receive(self, into: Tensor, rank: int) -> Tensor:
+        """`into`, filled with what `rank` sends."""
+        import torch.distributed as dist
+
+        with self.waiting():
+            dist.recv(into, group=self._group, group_src=rank)
+        return into
+
+    def send_object(self, value: object, rank: int) -> None:
+        """Send what can be pickled to `rank`, which has to `receive_object`."""
+        import torch.distributed as dist
+
+        with self.waiting():
+            dist.send_object_list([_on_cpu(value)], group=self._group, group_dst=rank, device=torch.device("cpu"))
+
+    def receive_object(self, rank: int) -> Any:
+        """What `rank` sends with `send_object`."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None]
+        with self.waiting():
+            dist.recv_object_list(found, group=self._group, group_src=rank, device=torch.device("cpu"))
+        return found[0]
 
     def sent(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by the first rank's, in the whole world."""
@@ -193,7 +269,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        with self._waiting():
+        with self.waiting():
             for tensor in tensors:
                 dist.broadcast(tensor, group=self._group, group_src=0)
 
@@ -218,7 +294,7 @@ class Ranks:
             self._watch.timeout = seconds
 
     @contextmanager
-    def _waiting(self) -> Generator[None]:
+    def waiting(self) -> Generator[None]:
         """A peer that is lost is one clear error."""
         watch = self._watch
         if watch is not None:
@@ -237,7 +313,7 @@ class Ranks:
         import torch.distributed as dist
 
         as_bytes = [each.view(torch.uint8) if each.dim() else each for each in (*into, part)]
-        with self._waiting():
+        with self.waiting():
             dist.all_gather(as_bytes[:-1], as_bytes[-1], group=self._group)
 
     def _reduce(self, tensors: Sequence[Tensor], how: Any) -> None:
@@ -246,18 +322,41 @@ class Ranks:
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         sent: list[tuple[Tensor, list[Tensor]]] = []
         for tensor in tensors:
-            if tensor.numel() < _COALESCED or not tensor.is_contiguous():
-                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-            else:
+            if self.travels_alone(tensor):
                 sent.append((tensor, []))
+            else:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         sent += [(torch.cat([each.reshape(-1) for each in some]), some) for some in small.values()]
-        with self._waiting():
+        with self.waiting():
             for work in [dist.all_reduce(tensor, how, group=self._group, async_op=True) for tensor, _ in sent]:
                 work.wait()
         for joined, some in sent:
             sizes = [each.numel() for each in some]
             for each, values in zip(some, joined.reshape(-1).split(sizes) if some else (), strict=True):
                 each.copy_(values.view_as(each))
+
+
+@final
+class Sum:
+    """A sum over `ranks` that is under way."""
+
+    def __init__(self, ranks: Ranks, work: Work | None) -> None:
+        self._ranks, self._work = ranks, work
+
+    def wait(self) -> None:
+        """Until it is there; on a GPU, for what the GPU does next."""
+        if self._work is not None:
+            with self._ranks.waiting():
+                self._work.wait()
+
+
+def _on_cpu(value: Any) -> Any:
+    """`value` with the tensors in its lists and dictionaries on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(each) for key, each in cast("dict[str, Any]", value).items()}
+    return [_on_cpu(each) for each in cast("list[Any]", value)] if isinstance(value, list) else value
 
 
 ALONE = Ranks()

@@ -40,6 +40,7 @@ class Watch:
         self._heard: dict[int, tuple[str, float]] = {}
         self._who = f"{socket.gethostname()} process {os.getpid()}"
         self._found: str | None = None
+        self._first_is_gone = False  # and does not say what happened
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watch over ranks", daemon=True)
@@ -71,7 +72,7 @@ class Watch:
     def post(self, message: str) -> None:
         """Leave for the others why this rank failed, unless there is an earlier finding."""
         with suppress(RuntimeError), self._lock:
-            self._store.compare_set("finding", "", f"{self.rank}\n{message}")
+            self._store.compare_set("finding", "", f"{self.rank}\nsaid\n{message}")
 
     def end(self, *, wait_for_first: bool = False) -> None:
         """Stop. With `wait_for_first`, not before the first rank has had the time to say what happened.
@@ -128,7 +129,8 @@ class Watch:
         try:
             with self._lock:
                 if self._store.check(["finding"]):
-                    rank, _, message = self._store.get("finding").decode().partition("\n")
+                    rank, how, message = self._store.get("finding").decode().split("\n", 2)
+                    self._first_is_gone = rank == "0" and how == "found"
                     self._found = message if int(rank) == self.rank else f"rank {rank}: {message}"
                     return
                 others = [
@@ -137,6 +139,7 @@ class Watch:
                     if rank != self.rank and self._store.check([f"rank {rank}"])
                 ]
         except RuntimeError:  # the store has gone, and where there is no agent the first rank held it
+            self._first_is_gone = True
             self._found = "rank 0 has gone, and with it the store through which ranks find each other"
             return
         now = time.monotonic()
@@ -158,11 +161,10 @@ class Watch:
 
     def _accuse(self, rank: int, what: str) -> None:
         with suppress(RuntimeError), self._lock:
-            self._store.compare_set("finding", "", f"{rank}\n{what}")
+            self._store.compare_set("finding", "", f"{rank}\nfound\n{what}")
 
     def _give_up(self, found: str) -> None:
-        culprit = found.split(":", 1)[0].removeprefix("rank ")
-        if self.rank == 0 or (culprit == "0" and self.rank == 1):
+        if self.rank == 0 or (self._first_is_gone and self.rank == 1):
             sys.stderr.write(f"sae-core: error: {found}\n")
             sys.stderr.flush()
         os._exit(1)

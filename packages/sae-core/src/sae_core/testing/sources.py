@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, cast
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from sae_core.architectures.standard import StandardSAE
 from sae_core.data.wiring import fields_for
-from sae_core.protocols import ActivationBatch, ActivationSource, GivesSequences, HasMetadata, HasTargets, Resumable
+from sae_core.protocols import (
+    ActivationBatch,
+    ActivationSource,
+    GivesParts,
+    GivesSequences,
+    HasMetadata,
+    HasOwnPlace,
+    HasTargets,
+    Resumable,
+)
 from sae_core.sae import create
 from sae_core.testing.kit import Check, NotApplicable, Subject, check_class, check_options
 from sae_core.testing.small import is_finite
@@ -26,6 +36,7 @@ __all__ = [
     "CHECKS",
     "check_batches",
     "check_metadata",
+    "check_parts",
     "check_restarts",
     "check_resumes",
     "check_seed",
@@ -134,6 +145,50 @@ def check_resumes(subject: Subject) -> None:
             assert _equal(next(again), batch), f"a state taken {what} gives another batch {number} when it is loaded"
 
 
+def check_parts(subject: Subject) -> None:
+    """If it `GivesParts`, processes get their rows of the batches, or each data of its own, and go on where they were.
+
+    Where the iterator `HasOwnPlace`, no row is given twice, also when one process goes on from the places of two.
+    """
+    source, size = _source(subject), _size(subject)
+    if not isinstance(source, GivesParts):
+        raise NotApplicable("it has no parts()")
+    both = [cast("GivesParts", _source(subject)).parts(size, rank, 2) for rank in range(2)]
+    given = [list(islice(iterator, 3)) for iterator in both]
+    own = isinstance(both[0], HasOwnPlace)
+    for number, parts in enumerate(zip(*given, strict=False)):
+        (_, items), (_, other) = parts
+        assert items == other, f"batch {number} has {items} rows on rank 0, {other} on rank 1"
+        for rank, (part, _) in enumerate(parts):
+            rows, wanted = len(_inputs(part)), len(range(rank, items, 2))
+            assert rows == wanted, f"batch {number}: rank {rank} has {rows} of {items} rows, not {wanted}"
+    if not own:
+        for number, whole in enumerate(islice(_source(subject).batches(size), min(map(len, given)))):
+            for rank in range(2):
+                same = all(
+                    torch.allclose(part, expected[rank::2], rtol=1e-5, atol=1e-6)
+                    for part, expected in zip(_tensors(given[rank][number][0]), _tensors(whole), strict=True)
+                )
+                assert same, f"batch {number}: rank {rank} has not the rows {rank}::2 of the batch"
+        return
+    places = [cast("HasOwnPlace", iterator).state_dict() for iterator in both]
+    again = cast("GivesParts", _source(subject)).parts(size, 1, 2)
+    assert isinstance(again, HasOwnPlace)
+    again.load_places(copy.deepcopy(places))
+    expected, found = next(both[1], None), next(again, None)
+    assert (expected is None) == (found is None), "a rank that goes on ends elsewhere"
+    if expected is not None and found is not None:
+        assert _equal(expected[0], found[0]), "a rank that goes on gives another batch"
+    alone = _source(subject).batches(size)
+    assert isinstance(alone, HasOwnPlace), "`batches` cannot go on from the places of several ranks, with load_places"
+    alone.load_places(copy.deepcopy(places))
+    seen = [row for parts in given for part, _ in parts for row in _rows(part)]
+    seen += [row for batch in islice(alone, 2) for row in _rows(batch)]
+    pool = Counter(row for batch in islice(_source(subject).batches(size), 200) for row in _rows(batch))
+    twice = [row for row, times in Counter(seen).items() if times > max(pool[row], 1)]
+    assert not twice, f"{len(twice)} of {len(seen)} rows are given more often than they are there"
+
+
 def check_sequences(subject: Subject) -> None:
     """With a `sequence_length`, batches are whole sequences: (sequences, sequence_length, width)."""
     source = _source(subject)
@@ -211,6 +266,11 @@ def _inputs(batch: Any) -> Tensor:
     return batch.inputs if isinstance(batch, ActivationBatch) else batch
 
 
+def _rows(batch: Any) -> list[bytes]:
+    """Its rows, or sequences, as something that can be compared."""
+    return [row.contiguous().cpu().view(torch.uint8).numpy().tobytes() for row in _inputs(batch)]
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     yield _inputs(batch)
     if isinstance(batch, ActivationBatch) and batch.targets is not None:
@@ -228,6 +288,7 @@ CHECKS: tuple[Check, ...] = (
     check_restarts,
     check_seed,
     check_resumes,
+    check_parts,
     check_sequences,
     check_metadata,
     check_trains,

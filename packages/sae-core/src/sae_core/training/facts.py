@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -20,6 +20,7 @@ from sae_core.training.config import TrainConfig
 
 __all__ = [
     "MAY_CHANGE",
+    "StandsForSource",
     "claimed",
     "config_facts",
     "differences",
@@ -37,8 +38,18 @@ MAY_CHANGE = (
 """Fields of `TrainConfig` that may differ when a run goes on; they count from there."""
 
 
+@runtime_checkable
+class StandsForSource(Protocol):
+    """A source in place of one that is elsewhere, whose facts it has."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+
 def source_facts(source: object) -> dict[str, Any]:
     """The source as data: its class, its config, its sites, and what it says about itself."""
+    if isinstance(source, StandsForSource):
+        return dict(source.facts)
     facts: dict[str, Any] = {"class": f"{type(source).__module__}.{type(source).__qualname__}"}
     config = getattr(source, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

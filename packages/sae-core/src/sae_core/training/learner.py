@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -27,6 +28,7 @@ from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
 from sae_core.training.config import TrainConfig, samples_of
+from sae_core.training.gradients import GradientSums
 from sae_core.training.monitor import DeadLatents, Window, check_batch
 from sae_core.training.optimizer import clipped_step
 from sae_core.training.resampling import forget_moments, resample
@@ -134,6 +136,7 @@ class Learner:
                 every=config.dead_refresh_steps,
             )
         self.density: float | None = None
+        self._sums = GradientSums(list(sae.parameters()), ranks)
         self._resampled = 0  # since the last record
         self._gathered_rows = 0  # whose gradients wait for the optimiser's step
         self._dead_indices: Tensor | None = None
@@ -191,13 +194,15 @@ class Learner:
         if not self._gathered_rows:
             self.optimizer.zero_grad(set_to_none=True)
         gathers = self.config.gradient_accumulation_steps > 1
+        is_last = not gathers or self._all_gathered(rows)
         with (
             dense_products_in(torch.bfloat16 if self.config.precision == "bfloat16" else None),
             divided(found.together),
+            self._sums.during_backward() if is_last else nullcontext(),
         ):
             result = self._passes(placed, context, rows * share if gathers else share)
-        if not gathers or self._all_gathered(rows):
-            self._add_gradients()
+        if is_last:
+            self._sums.finish()
             if gathers:
                 self._mean_of_gathered()
             clip = self.config.grad_clip_norm
@@ -252,16 +257,6 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.mul_(1 / self._gathered_rows)
         self._gathered_rows = 0
-
-    def _add_gradients(self) -> None:
-        """Every rank gets the sum of all ranks' gradients."""
-        if self.ranks.size == 1:
-            return
-        wanted = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
-        for parameter in wanted:
-            if parameter.grad is None:  # another rank may have one
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add([parameter.grad for parameter in wanted if parameter.grad is not None])
 
     def _resampling_is_due(self, rows: int) -> bool:
         every, total = self.config.resample_dead_every_samples, self.config.total_samples
@@ -334,7 +329,7 @@ class Learner:
         if self.steering is not None:
             self.steering.settle(self.ranks)
         if self._gathered_rows:
-            self._add_gradients()
+            self._sums.finish()
         self._leave_to_first()
 
     def _tell_others(self) -> None:
