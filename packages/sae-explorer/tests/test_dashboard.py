@@ -15,7 +15,7 @@ from sae_core.errors import ConfigError
 from sae_explorer import Studied, open_studied, write_dashboard
 from sae_explorer.dashboard import parse_latents
 from sae_explorer.directions import logit_histograms, nearest, site_norms, unit_directions
-from sae_explorer.index import INDEX_FILE
+from sae_explorer.index import INDEX_FILE, Query, search
 from sae_lm.lens import Lens
 from sae_lm.studies import StudyFolder
 
@@ -167,6 +167,27 @@ def test_too_many_latents_for_one_file_are_refused_before_the_study_is_made(
 def test_latents_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--latents"):
         parse_latents(text, 96)
+
+
+def test_a_search_on_the_disk_shows_what_fires_on_the_word_first(
+    copied: Path, tmp_path: Path, new_page: Callable[..., Any]
+) -> None:
+    from playwright.sync_api import expect
+
+    studied = open_studied([str(copied)], device="cpu", with_model=False).studied[str(copied)]
+    _, rows = search(studied.index, Query(sort="latent", descending=False, limit=96))
+    fires = {row["latent"] for row in rows if "river" in row["tokens"].split()}
+    other = next(row["latent"] for row in rows if "river" not in row["tokens"] + row["promotes"])
+    studied.labels.put(other, "a river bank", "")
+    page = new_page(write_dashboard(studied, tmp_path / "out").as_uri())
+    expect(page.locator("#total")).to_have_text("96 latents")
+    page.fill("#search", "river")
+    expect(page.locator("#sort")).to_have_value("match")
+    expect(page.locator("#rows .line").first).to_have_attribute("data-latent", str(other))
+    shown = [int(line.get_attribute("data-latent")) for line in page.locator("#rows .line").all()]
+    assert set(shown[1 : 1 + len(fires)]) == fires
+    page.evaluate("location.hash = '#/latent/99999'")
+    expect(page.locator("#detail .error")).to_have_text("latent 99999 is not in this dashboard")
 
 
 def test_a_browser_shows_a_dashboard_from_the_disk(one: Studied, tmp_path: Path, new_page: Callable[..., Any]) -> None:

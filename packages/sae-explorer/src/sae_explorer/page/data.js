@@ -13,9 +13,9 @@ function receive(name, data) {
 
 function fromDisk({facts, columns, block}) {
   const names = Object.keys(columns);
-  const words = columns.latent.map((_, n) =>
-    `${columns.tokens[n]} ${columns.promotes[n]} ${columns.label[n]} ${columns.note[n]}`.toLowerCase(),
-  );
+  const tokens = columns.tokens.map(text => ` ${text} `.toLowerCase());
+  const own = columns.label.map((text, n) => `${text} ${columns.note[n]}`.toLowerCase());
+  const words = columns.promotes.map((text, n) => tokens[n] + text.toLowerCase() + " " + own[n]);
   const row = n => Object.fromEntries(names.map(name => [name, columns[name][n]]));
   let last = "";
   let order = [];
@@ -26,13 +26,21 @@ function fromDisk({facts, columns, block}) {
     if (query.labelled && !columns.label[n] && !columns.note[n]) return false;
     return asked.every(word => words[n].includes(word)) || String(columns.latent[n]) === query.text.trim().replace("#", "");
   };
+  // How well a latent fits: by its number, then by one's own words, then by what it fires on, whole words before parts.
+  const weight = (n, word) => {
+    if (String(columns.latent[n]) === word.replace("#", "")) return 1e6;
+    if (own[n].includes(word)) return 100;
+    return tokens[n].includes(` ${word} `) ? 10 : tokens[n].includes(word) ? 5 : 1;
+  };
   const wanted = query => {
     const asked = query.text.toLowerCase().split(/\s+/).filter(Boolean);
     const found = [];
     for (let n = 0; n < words.length; n++) if (fits(n, query, asked)) found.push(n);
+    const byFit = query.sort === "match" && asked.length;
+    const fit = new Map(byFit ? found.map(n => [n, asked.reduce((sum, word) => sum + weight(n, word), 0)]) : []);
     const key = columns[query.sort] || columns.largest;
-    const sign = query.descending ? -1 : 1;
-    return found.sort((a, b) => sign * (key[a] - key[b]) || a - b);
+    const sign = query.descending || byFit ? -1 : 1;
+    return found.sort((a, b) => (byFit && fit.get(b) - fit.get(a)) || sign * (key[a] - key[b]) || a - b);
   };
   const load = number =>
     new Promise((resolve, reject) => {
@@ -52,9 +60,9 @@ function fromDisk({facts, columns, block}) {
       return {total: order.length, rows: order.slice(offset, offset + limit).map(row)};
     },
     async latent(name, latent) {
-      const found = (await load(Math.floor(latent / block)))[latent];
-      if (!found) throw new Error(`latent ${latent} is not in this dashboard`);
       const n = columns.latent.indexOf(latent);
+      if (n < 0) throw new Error(`latent ${latent} is not in this dashboard`);
+      const found = (await load(Math.floor(latent / block)))[latent];
       return {...found, label: columns.label[n], note: columns.note[n]};
     },
   };

@@ -93,7 +93,7 @@ function start(source) {
   });
   let timer;
   $("search").addEventListener("input", () => {
-    if ($("search").value.trim() && api.live) $("sort").value = "match";
+    if ($("search").value.trim()) $("sort").value = "match";
     else if ($("sort").value === "match") $("sort").value = "largest";
     clearTimeout(timer);
     timer = setTimeout(refresh, 80);
