@@ -25,7 +25,7 @@ from sae_core.protocols import ActivationBatch
 from sae_core.testing.rank_processes import exit_codes, start_ranks
 
 D, F, ROWS, BATCH = 12, 48, 316, 64  # batches of 64, at the end of a pass 60, at the end of training 2
-STEPS, EVERY = 12, 2  # and of these a record
+STEPS, EVERY = 8, 2  # and of these a record
 Ranks.packed_below = 256  # the weights, of 576 elements, travel alone as large ones do
 TOTAL = (STEPS - 1) * BATCH - 4 + 2
 
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "jumprelu": {"target_l0": 4.0, "gradient_accumulation_steps": 3},
-    "topk": {"resample_dead_every_samples": 400},
+    "topk": {"resample_dead_every_samples": 200},
 }
 
 
@@ -103,7 +103,7 @@ class OwnRows:
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.at = rank, ranks, 0
-        self.batches = 16 - rank
+        self.batches = 9 - rank
 
     def __iter__(self) -> OwnRows:
         return self
@@ -187,7 +187,7 @@ def ties(ranks: Ranks, folder: Path) -> Any:
     """BatchTopK of many shapes, with equal values, rows without any and k that leaves nothing."""
     found: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(1)
-    for number in range(24):
+    for number in range(16):
         count, width = (int(torch.randint(4, 40, (1,), generator=generator)) for _ in range(2))
         x = torch.randn(count, 5, generator=generator)
         W = torch.randn(width, 5, generator=generator)

@@ -57,7 +57,7 @@ def close(a: Any, b: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("case", [*(f"trained {name}" for name in ARCHITECTURES), "unread_parts"])
 def test_several_processes_train_what_one_trains(found: list[dict[str, Any]], case: str, size: int) -> None:
     records = found[0][f"{case} 1"]["history"]
-    assert len(records) == 6
+    assert len(records) == 4
     assert case != "trained topk" or any(record["resampled"] for record in records)
     close(found[0][f"{case} {size}"], found[0][f"{case} 1"], 1e-5)
 
@@ -65,7 +65,7 @@ def test_several_processes_train_what_one_trains(found: list[dict[str, Any]], ca
 @pytest.mark.parametrize("size", SIZES)
 def test_where_ranks_read_each_something_else_the_batch_is_all_of_it(found: list[dict[str, Any]], size: int) -> None:
     expected = found[0][f"together {size} 1"]
-    assert expected["history"][-1]["step"] == 17 - size  # the last rank has the fewest
+    assert expected["history"][-1]["step"] == 10 - size  # the last rank has the fewest
     for each in found:
         close(each[f"own_rows {size}"]["whole"], expected, 1e-5)
         close(each[f"own_rows {size}"]["again"], each[f"own_rows {size}"]["whole"], 0.0)
