@@ -65,6 +65,10 @@ def test_every_view_fits_and_stays_where_it_is(
     page.set_default_timeout(60_000)
     expect(page.locator("#rows .line").first).to_be_visible()
     shoot(page, "list")
+    page.click("summary")
+    expect(page.locator("#labelled")).to_be_visible()
+    assert page.evaluate(BEYOND) == []
+    page.click("summary")
     page.fill("#search", SEARCH)
     expect(page.locator("#sort")).to_have_value("match")
     expect(page.locator("#rows .line").first).to_contain_text(SEARCH)

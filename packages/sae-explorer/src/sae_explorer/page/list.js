@@ -31,7 +31,7 @@ async function refresh() {
     pages = new Map([[0, found.rows]]);
     total = found.total;
     $("notice").hidden = true;
-    $("total").textContent = `${many(total)} latents`;
+    $("total").textContent = `${many(total)} ${total === 1 ? "latent" : "latents"}`;
     $("space").style.height = `${total * HEIGHT}px`;
     $("rows").scrollTop = 0;
     draw();
