@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_core import SAE, create
+from sae_core import SAE, TrainConfig, Trainer, create
 from sae_core.codes import SparseCodes
+from sae_core.config import structure
 from sae_core.errors import ConfigError, FormatError
 from sae_core.format.slices import crc32_moved
 from sae_core.latent_ranks import latents_over
@@ -25,6 +26,8 @@ from sae_core.ops.screening import encoder_products
 from sae_core.ops.select import AbsTopK, GroupMax, Selection, TopK
 from sae_core.sae import StepContext
 from sae_core.testing.rank_threads import ThreadRanks, on_ranks
+from sae_core.training.checkpoint import read_checkpoint
+from sae_core.training.trainer import Progress
 from torch import Tensor
 
 SELECTIONS: dict[str, Any] = {"topk": TopK, "abstopk": AbsTopK, "batchtopk": BatchTopK, "groupmax": GroupMax}
@@ -286,3 +289,52 @@ def test_checksums_of_pieces_make_that_of_the_whole(data: st.DataObject) -> None
         after -= len(piece)
         total ^= crc32_moved(zlib.crc32(piece), after)
     assert total == zlib.crc32(b"".join(pieces))
+
+
+def _checkpoint_of(form: str, folder: Path) -> Path:
+    """What training in one process has saved in the middle of a step, with dead latents and everything else that is kept."""
+    settings: dict[str, Any] = {
+        "gradient_accumulation_steps": 3,
+        "dead_after_samples": 2 * ROWS,
+        "dead_refresh_steps": 1,
+    }
+    if form == "jumprelu":
+        settings |= {"target_l0": 5.0}
+    config = TrainConfig(total_samples=8 * ROWS, batch_size=ROWS, log_every_steps=3, progress_bar=False, **settings)
+    drawn = torch.Generator().manual_seed(1)
+    batches = [torch.randn(ROWS, D_IN, generator=drawn) for _ in range(8)]
+
+    def stop(progress: Progress) -> None:
+        if progress.trainer.steps == 7:
+            progress.trainer.stop()
+
+    sae = _sae(form)
+    with torch.no_grad():
+        sae.get_parameter("b_enc")[::3] = -10.0
+    trainer = Trainer(sae, batches, config, [stop])
+    trainer.fit()
+    state = trainer.learner.state_dict()
+    assert state["n_dead"] > 4
+    assert state["gathered_rows"]
+    return trainer.save(folder)
+
+
+@pytest.mark.parametrize("form", ["topk", "jumprelu", "layer_norm"])
+def test_a_checkpoint_is_the_same_however_many_ranks_read_and_write_it(form: str, tmp_path: Path) -> None:
+    path = _checkpoint_of(form, tmp_path / "one")
+    expected = {each.name: each.read_bytes() for each in path.iterdir()}
+
+    def on_rank(ranks: ThreadRanks) -> None:
+        with latents_over(ranks):
+            state = read_checkpoint(path)
+            config = structure(state["configs"][""], TrainConfig)
+            trainer = Trainer(create(dtype="float64", **state["initial"][""]), [torch.zeros(ROWS, D_IN)] * 8, config)
+        trainer.load_state_dict(state)
+        assert trainer.learner.dead.samples_since_fired.shape == (D_SAE // ranks.size,)
+        trainer.save(tmp_path / f"over {ranks.size}")
+
+    for size in (4, 2, 1):
+        on_ranks(size, on_rank)
+        again = tmp_path / f"over {size}"
+        assert {each.name: each.read_bytes() for each in again.iterdir()} == expected
+        path = again

@@ -99,9 +99,27 @@ def test_what_a_run_would_refuse_its_plan_refuses(run_file: Path, capsys: Any) -
     assert "kk" in capsys.readouterr().err
 
 
-def test_a_plan_of_shared_out_latents_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(run_file), "--set", "parallel.latents=2"]) == 1
-    assert "a plan knows runs in which every process holds whole dictionaries" in capsys.readouterr().err
+def test_a_plan_of_shared_out_latents_is_that_of_one_slice(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--set", "sae={architecture: topk, d_sae: 1024, k: 8}", "--set", "train.dead_after_samples=100000"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert main(["plan", *small, *sizes, "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, mesh = planned(), planned("--set", "parallel={data: 2, latents: 4}")
+    memory = [{entry["what"]: entry["bytes"] for entry in found["memory"]} for found in (one, mesh)]
+    assert memory[0]["weights"] == 4 * (2 * 256 * 1024 + 1024 + 256)
+    assert memory[1]["weights"] == 4 * (2 * 256 * 256 + 256 + 256)
+    assert mesh["disk"] == one["disk"]
+    assert mesh["processes"] == 8
+    rows, over = 32, 4
+    decoded, chosen = 2 * 4 * (over - 1) * rows * 256 // over, 4 * (over - 1) * rows * 8
+    received = [size for what, size in mesh["traffic"].items() if "latents elsewhere" in what]
+    assert decoded + chosen <= received[0] <= 1.1 * (decoded + chosen)
+    assert mesh["traffic"]["gradients"] == memory[1]["weights"]
+    assert not one["traffic"]
 
 
 def test_a_plan_for_several_processes_says_what_each_of_them_receives(run_file: Path) -> None:

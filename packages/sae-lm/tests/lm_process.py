@@ -1,4 +1,4 @@
-"""Runs on a language model by one, two and three processes, all forked from this one: `lm_process.py MODEL FOLDER`."""
+"""Runs on a language model by one, two, three and eight processes, all forked from this one: `lm_process.py MODEL FOLDER`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "two": (2, ["eval={every_samples: 512, tokens: 200}"]),
     "two again": (2, ["eval={every_samples: 512, tokens: 200}"]),
     "two readers": (3, ["parallel.source=2"]),
+    "eight": (8, ["parallel={data: 2, latents: 4}", "eval={every_samples: 512, tokens: 200}"]),
     "temporal": (2, [f"sae={TEMPORAL}", "source.sequences=true"]),
 }
 

@@ -79,6 +79,10 @@ def test_two_processes_with_a_model_each_go_on_with_the_same_bits_and_measure_he
     assert measured == [512, 1024, 1280]
 
 
+def test_eight_processes_that_share_out_batches_and_latents_train_and_measure_what_two_do(folder: Path) -> None:
+    close(folder / "eight", folder / "two")
+
+
 def test_sequences_are_trained_on_by_two_processes(folder: Path) -> None:
     last = records(folder / "temporal")[-1]
     assert last["samples"] % 31 == 0  # of windows of 32 without the BOS

@@ -318,7 +318,8 @@ class Dictionary(nn.Module, Generic[ConfigT_co], metaclass=_Complete):
         """Point latents (n,) at rows, one each: `prepared` inputs and their `target` (n, d_out); all else of them starts anew.
 
         Encoder rows get a fifth of the mean norm of the others', decoder rows the mean norm of the others' (Bricken et al.
-        2023). Raises ConfigError for architectures without `restarts_latents`.
+        2023). Where latents are shared out over ranks, each restarts its own, and all call this within `latents_over`. Raises
+        ConfigError for architectures without `restarts_latents`.
         """
         raise ConfigError(f"{self.architecture}: latents of this architecture cannot be pointed at a row and restarted")
 

@@ -33,11 +33,13 @@ from sae_core.errors import ConfigError
 
 __all__ = [
     "LatentRanks",
+    "all_latents",
     "count_over_ranks",
     "current_ranks",
     "gathered",
     "latents_here",
     "latents_over",
+    "mean_over_latents",
     "read_by_all_ranks",
     "summed_over_ranks",
 ]
@@ -116,6 +118,31 @@ def gathered(tensor: Tensor, ranks: LatentRanks) -> Tensor:
     flat = tensor.detach().reshape(-1)
     found = ranks.whole(flat, flat.numel() * ranks.size)
     return found.view(-1, ranks.size).t().reshape(ranks.size, *tensor.shape)
+
+
+def all_latents(number_F: Tensor, ranks: LatentRanks | None) -> Tensor:
+    """(d_sae,): a number of every latent, from what each rank has of its own.
+
+    >>> all_latents(torch.ones(2), None).tolist()
+    [1.0, 1.0]
+    """
+    return number_F if ranks is None else gathered(number_F, ranks).flatten()
+
+
+def mean_over_latents(number_F: Tensor, among_F: Tensor) -> Tensor:
+    """The mean of a number of every latent among those for which `among_F` holds, of all ranks; of all where it holds for none.
+
+    >>> mean_over_latents(torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
+    tensor(3.)
+    """
+    ranks = current_ranks()
+    if ranks is None:
+        return number_F[among_F].mean() if bool(among_F.any()) else number_F.mean()
+    counted_F = among_F.to(number_F.dtype)
+    sums = torch.stack([(number_F * counted_F).sum(), counted_F.sum(), number_F.sum()])
+    ranks.add([sums])
+    among, count, everything = sums
+    return among / count if bool(count > 0) else everything / (len(number_F) * ranks.size)
 
 
 def count_over_ranks(number: int) -> int:

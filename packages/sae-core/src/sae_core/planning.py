@@ -3,6 +3,10 @@
 Weights, Adam's moments, gradients and files are counted; what a step takes besides, and how long it lasts, is measured on two
 steps of every dictionary with random activations of the right shape. So the plan holds for whatever architecture a plugin
 brings, on the machine where it is made.
+
+Of a run of several processes, a plan is made for one of them, in this process alone: its part of the batch, its slice of every
+dictionary. The other slices are thought to hold what this one holds, so that as many latents of this one are chosen as of
+every other one; what they would send is counted.
 """
 
 from __future__ import annotations
@@ -10,16 +14,16 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
-from sae_core.config import require
 from sae_core.data.wiring import Wiring
 from sae_core.format.exports import exported
+from sae_core.latent_ranks import latents_over
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.ops.process import available_memory, peak_while, resident_memory
 from sae_core.parallel.joining import require_divisible, started_ranks
@@ -39,6 +43,7 @@ from sae_core.training.learner import Learner
 
 __all__ = ["Plan", "plan"]
 
+T = TypeVar("T")
 _REPORT, _RECORD = 5 * 2**20, 400  # bytes of a report, and of a line of the log
 _TIMED = 3
 
@@ -72,16 +77,13 @@ def plan(run: RunConfig) -> Plan:
     """Look at a run, with its source loaded where that fits. Raises what the run itself would raise before it begins."""
     import dataclasses
 
-    require(
-        run.parallel.latents == 1,
-        f"parallel.latents: {run.parallel.latents}: a plan knows runs in which every process holds whole dictionaries; plan "
-        "with parallel.latents=1 and divide weights, gradients and moments by the processes that share out the latents",
-    )
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
-    processes = started_ranks() if run.parallel.data == "auto" else run.parallel.data
+    over = run.parallel.latents
+    data = max(started_ranks() // over, 1) if run.parallel.data == "auto" else run.parallel.data
     samples = max(member.train.total_samples for member in members.values())
-    found = Plan(samples=samples, processes=processes)
+    found = Plan(samples=samples, processes=data * over)
+    ranks = _LikeThisOne(over)
     device = torch.device(run.device)
     _load_libraries()
     source = open_source(run)
@@ -98,49 +100,52 @@ def plan(run: RunConfig) -> Plan:
     own = sum(entry.bytes for entry in loaded if entry.device == "cpu")
     found.memory[0] = Memory("Python and libraries", max(now - own, found.memory[0].bytes), "cpu")
     batch_size = next(iter(members.values())).train.batch_size
-    require_divisible(batch_size, processes)
+    require_divisible(batch_size, data)
     if isinstance(source, EstimatesCosts):
         found.memory += source.to_run(batch_size)
     if _refused(found):
         return found
     steps: list[int] = []
-    sizes: dict[str, int] = {}
-    seconds, latents = 0.0, 0
-    for name, member in members.items():
-        label = f"{name}: " if name else ""
-        known = parameter_bytes(run, member, source)
-        sae = new_sae(run, member, name, source) if known is None else None
-        sizes[name] = size = _bytes(sae.parameters()) if sae is not None else known or 0
-        found.memory.append(Memory(f"{label}weights", size, device.type))
-        found.memory.append(Memory(f"{label}Adam and gradients", 3 * size, device.type))
-        if _refused(found):
-            return found
-        sae = new_sae(run, member, name, source) if sae is None else sae
-        forms = _forms(sae)
-        found.disk.append((f"{label}the SAE, and its training form where that differs", size * forms))
-        here = dataclasses.replace(member.train, batch_size=member.train.batch_size // processes)
-        took, beside = _measured(sae, here, source, widths)
-        steps.append(
-            max(beside, size * (forms + 1))
-        )  # what is saved at the end is folded, copied and made contiguous first
-        seconds += took * math.ceil(member.train.total_samples / member.train.batch_size)
-        records = member.train.total_samples / member.train.batch_size / member.train.log_every_steps
-        found.disk.append((f"{label}log and report", int(_RECORD * records) + _REPORT))
-        latents += sae.d_sae
-        del sae
+    seconds, here_bytes, whole_bytes, latents, exchanged = 0.0, 0, 0, 0, 0
+    with latents_over(ranks):
+        for name, member in members.items():
+            label = f"{name}: " if name else ""
+            known = parameter_bytes(run, member, source)
+            sae = new_sae(run, member, name, source) if known is None else None
+            size = _bytes(sae.parameters()) if sae is not None else known or 0
+            found.memory.append(Memory(f"{label}weights", size, device.type))
+            found.memory.append(Memory(f"{label}Adam and gradients", 3 * size, device.type))
+            if _refused(found):
+                return found
+            sae = new_sae(run, member, name, source) if sae is None else sae
+            forms, whole = _forms(sae), size * over - _bytes(_alike(sae)) * (over - 1)
+            found.disk.append((f"{label}the SAE, and its training form where that differs", whole * forms))
+            here = dataclasses.replace(member.train, batch_size=member.train.batch_size // data)
+            took, beside = _measured(sae, here, source, widths, ranks)
+            # what is saved at the end is folded, copied and made contiguous first
+            steps.append(max(beside, size * (forms + 1)))
+            seconds += took * math.ceil(member.train.total_samples / member.train.batch_size)
+            records = member.train.total_samples / member.train.batch_size / member.train.log_every_steps
+            found.disk.append((f"{label}log and report", int(_RECORD * records) + _REPORT))
+            here_bytes, whole_bytes, latents = here_bytes + size, whole_bytes + whole, latents + sae.d_sae
+            exchanged += ranks.received
+            del sae
     found.memory.append(Memory("a step, or saving at the end, beside that", max(steps), device.type))
-    if processes > 1:  # each sends as much: every gradient goes round once to be added up, and once as the sum
-        gradients = 2 * (processes - 1) * sum(sizes.values()) // processes
+    if data > 1:  # each sends as much: every gradient goes round once to be added up, and once as the sum
         refresh = max(member.train.dead_refresh_steps for member in members.values())
         found.traffic = [
-            ("gradients", gradients),
+            ("gradients", 2 * (data - 1) * here_bytes // data),
             ("which latents fired, of every refresh a step's part", 2 * 8 * latents // refresh),
         ]
+    if over > 1:
+        found.traffic.append(
+            ("of latents elsewhere, what they decode to and which are chosen, while none is dead", exchanged)
+        )
     settings = next(iter(members.values())).train
     buffers = sum(entry.bytes for entry in found.memory if "buffer" in entry.what)
-    each = 3 * sum(sizes.values()) + buffers
+    each = 3 * whole_bytes + buffers
     found.disk.append((f"checkpoints, {settings.keep_last} and the next one", (settings.keep_last + 1) * each))
-    own_share = found.samples // processes if isinstance(source, GivesParts) else found.samples
+    own_share = found.samples // data if isinstance(source, GivesParts) else found.samples
     found.seconds = {"steps": seconds, "source": _seconds_per_sample(source, batch_size) * own_share}
     output = next(path for path in (run.output.absolute(), *run.output.absolute().parents) if path.exists())
     found.free_disk = shutil.disk_usage(output).free
@@ -151,6 +156,36 @@ def plan(run: RunConfig) -> Plan:
             f"{found.free_disk / 2**30:.1f} GiB are free: choose another output, a smaller keep_last, or a smaller buffer"
         )
     return found
+
+
+@final
+class _LikeThisOne:
+    """The first of `size` ranks, of which the others, that are not there, have what this one has; counts the bytes that it
+    would receive.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size, self.received = 0, size, 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:  # goes round once to be added up, and once as the sum
+            self.received += 2 * (self.size - 1) * _bytes([tensor]) // self.size
+
+    def least(self, tensor: Tensor) -> Tensor:
+        self.add([tensor])
+        return tensor
+
+    def whole(self, part: Tensor, items: int) -> Tensor:
+        self.received += (self.size - 1) * _bytes([part])
+        return torch.stack([part] * self.size, 1).flatten(0, 1)[:items]
+
+    def everyone(self, value: T) -> list[T]:
+        return [value] * self.size
+
+
+def _alike(sae: SAE) -> list[Tensor]:
+    """The parameters that all ranks have whole."""
+    return [parameter for name, parameter in sae.named_parameters() if sae.latent_dimension(name) is None]
 
 
 def _load_libraries() -> None:
@@ -172,8 +207,13 @@ def _refused(found: Plan) -> bool:
     return bool(found.problems)
 
 
-def _measured(sae: SAE, train: TrainConfig, source: ActivationSource, width: int) -> tuple[float, int]:
-    """Seconds of a step, and the bytes that starting and stepping take beside weights, moments and gradients."""
+def _measured(
+    sae: SAE, train: TrainConfig, source: ActivationSource, width: int, ranks: _LikeThisOne
+) -> tuple[float, int]:
+    """Seconds of a step, and the bytes that starting and stepping take beside weights, moments and gradients.
+
+    Leaves with `ranks` what the last step has received.
+    """
     import dataclasses
 
     size = _bytes(sae.parameters())
@@ -188,6 +228,7 @@ def _measured(sae: SAE, train: TrainConfig, source: ActivationSource, width: int
             learner.initialise([next(batches) for _ in range(math.ceil(train.init_samples / train.batch_size))])
         for _ in range(_TIMED):
             batch = next(batches)
+            ranks.received = 0
             started = time.perf_counter()
             learner.step(batch)
             if sae.device.type == "cuda":

@@ -56,7 +56,7 @@ from sae_core.run_folder import (
 )
 from sae_core.sae import SAE, as_device, as_dtype, create
 from sae_core.signals import first_signal
-from sae_core.training.checkpoint import Checkpoints, Found, sent_from_first
+from sae_core.training.checkpoint import Checkpoints, Found, read_checkpoint, sent_from_first
 from sae_core.training.comparison import write_comparison
 from sae_core.training.config import TrainConfig
 from sae_core.training.facts import named_architecture
@@ -190,10 +190,6 @@ def execute_all(
     On several `ranks` each process calls this, and the first one has the folder to itself.
     """
     ranks = agree_on(run.parallel, ranks)
-    require(
-        ranks.latents is None or not resume,
-        "--resume: a run whose latents are shared out over processes leaves no checkpoints; start it anew",
-    )
     if ranks.reads_only:
         _read_for_others(run, ranks)
         return {}
@@ -203,7 +199,8 @@ def execute_all(
         found = None
         if resume:
             folder.go_on()
-            found = Checkpoints(folder.work / CHECKPOINTS, keep_last=1).newest() if folder.has_checkpoints else None
+            with latents_over(ranks.latents):
+                found = Checkpoints(folder.work / CHECKPOINTS, keep_last=1).newest() if folder.has_checkpoints else None
             if found is None and folder.finished:
                 raise FormatError(f"{run.output}: holds a finished SAE without checkpoints, so it cannot go on")
         else:
@@ -267,7 +264,7 @@ def _train_on(
     ranks: Ranks,
 ) -> dict[str, TrainResult]:
     members = members_in(run)
-    state = sent_from_first(None if found is None else found.state, ranks)
+    state = _state_here(found, ranks)
     initial = {} if state is None else state["initial"]
     with latents_over(ranks.latents):
         saes = {
@@ -280,7 +277,7 @@ def _train_on(
         source,
         {name: member.train for name, member in members.items()},
         loggers={} if folder is None else _loggers(run, folder, members),
-        checkpoints=_checkpoints(run, folder, ranks),
+        checkpoints=run.output if folder is None else folder.work / CHECKPOINTS,
         held_out=_held_out(run, source),
         facts={
             name: RunFacts(name=name, sae=sae, config=full, folder=run.output if folder is None else folder.of(name))
@@ -309,9 +306,8 @@ def _train_on(
     if trainer.finished:  # it was killed while it saved what had come out
         results = trainer.results()
     else:
-        results = _fit(trainer, folder)
-        if ranks.latents is None:
-            trainer.checkpoint()
+        results = _fit(trainer, folder, run.output)
+        trainer.checkpoint()
     if folder is None:
         if ranks.latents is not None and not ranks.rank:  # they write their latents, where the first one says
             for result in results.values():
@@ -329,16 +325,15 @@ def _train_on(
     return results
 
 
-def _checkpoints(run: RunConfig, folder: RunFolder | None, ranks: Ranks) -> Path | None:
-    """Where checkpoints go; those of dictionaries whose latents are shared out would hold a part."""
+def _state_here(found: Found | None, ranks: Ranks) -> dict[str, Any] | None:
+    """The state to go on with, on every rank: the first one sends it, unless each reads its own latents of it."""
     if ranks.latents is None:
-        return run.output if folder is None else folder.work / CHECKPOINTS
-    require(
-        run.train.checkpoint_every_samples is None and run.train.checkpoint_every_minutes is None,
-        "train: a run whose latents are shared out over processes leaves no checkpoints; say "
-        "checkpoint_every_minutes: null, and nothing of checkpoint_every_samples",
-    )
-    return None
+        return sent_from_first(None if found is None else found.state, ranks)
+    folder = ranks.told(None if found is None else found.folder)
+    if folder is None or found is not None:
+        return None if found is None else found.state
+    with latents_over(ranks.latents):
+        return read_checkpoint(folder, check=False)  # which the first rank has done
 
 
 def _held_out(run: RunConfig, source: ActivationSource) -> HeldOut | None:
@@ -396,8 +391,11 @@ def _writing(folder: Path) -> Generator[None]:
         raise FormatError(f"{folder}: cannot be written: {reason}") from error
 
 
-def _fit(trainer: Trainer, folder: RunFolder | None) -> dict[str, TrainResult]:
-    """`Trainer.fit_all`, with signals heard and what was learnt kept when it does not end well."""
+def _fit(trainer: Trainer, folder: RunFolder | None, output: Path) -> dict[str, TrainResult]:
+    """`Trainer.fit_all`, with signals heard and what was learnt kept when it does not end well.
+
+    An error may be one of this rank's alone, and then others do not come to keep their latents.
+    """
     heard: list[signal.Signals] = []
 
     def stop(which: signal.Signals) -> None:
@@ -410,36 +408,36 @@ def _fit(trainer: Trainer, folder: RunFolder | None) -> dict[str, TrainResult]:
             if trainer.stopped and not trainer.finished:
                 by = [each for each in trainer.ranks.everyone(heard[0] if heard else None) if each is not None]
                 if by:
-                    raise _stopped(trainer, folder, by[0])
+                    raise _stopped(trainer, folder, output, by[0])
             return results
     except RunStopped:
         raise
     except BaseException as error:
         if trainer.steps and folder is not None and trainer.ranks.latents is None:
-            error.add_note(_keep(trainer, folder))
+            error.add_note(_keep(trainer, folder, output))
         raise
     finally:
         trainer.close()
 
 
-def _stopped(trainer: Trainer, folder: RunFolder | None, which: signal.Signals) -> RunStopped:
+def _stopped(trainer: Trainer, folder: RunFolder | None, output: Path, which: signal.Signals) -> RunStopped:
     if not trainer.steps:
         return RunStopped(f"stopped by {which.name} before the first step", which)
-    if trainer.ranks.latents is not None:
-        return RunStopped(
-            f"stopped by {which.name}; where latents are shared out over processes nothing is kept", which
-        )
-    kept = "" if folder is None else _keep(trainer, folder)
+    writes = folder is not None or (trainer.ranks.latents is not None and not trainer.ranks.rank)
+    kept = _keep(trainer, folder, output) if writes else ""
     path = trainer.checkpoint()
     return RunStopped(f"stopped by {which.name}; --resume goes on from {path}; {kept}", which)
 
 
-def _keep(trainer: Trainer, folder: RunFolder) -> str:
-    """Save every dictionary as it is, for a look at it; the message that says where."""
+def _keep(trainer: Trainer, folder: RunFolder | None, output: Path) -> str:
+    """Save every dictionary as it is, for a look at it; the message that says where.
+
+    Ranks without `folder` write their latents where the first one says.
+    """
     kept: list[Path] = []
     for name, learner in trainer.learners.items():
         try:
-            kept.append(learner.sae.save(folder.of(name) / INTERRUPTED))
+            kept.append(learner.sae.save(output if folder is None else folder.of(name) / INTERRUPTED))
         except FormatError as error:  # weights that diverged cannot be saved; why training stopped matters more
             if len(trainer.learners) == 1:
                 return f"what was learnt in {trainer.samples} samples cannot be kept: {error}"

@@ -32,6 +32,7 @@ from sae_core.codes import Codes, SparseCodes
 from sae_core.config import option, require
 from sae_core.errors import ConfigError
 from sae_core.folding import fold_decoder_norm, fold_normalization
+from sae_core.latent_ranks import mean_over_latents
 from sae_core.ops.active import encode_active
 from sae_core.ops.decode import decode
 from sae_core.ops.encode import encode_entries
@@ -159,12 +160,11 @@ class LinearSAE(SAE[C], ABC):
     def restart_latents(self, latents: Tensor, prepared: Prepared, target: Tensor) -> None:
         """See `SAE.restart_latents`: what of row i its bias does not explain is what latent i reads and writes now."""
         others = torch.ones(self.d_sae, dtype=torch.bool, device=latents.device).index_fill_(0, latents, False)
-        others = others if bool(others.any()) else ~others
         centre = self.centre()
         read_ND = prepared.z if centre is None else prepared.z - centre
         written_NO = (prepared.z if self.reconstructs_input else target) - self.b_dec
         for weights, rows, factor in ((self.encoder, read_ND, _RESTART), (self.W_dec, written_NO, 1.0)):
-            size = factor * weights.norm(dim=-1)[others].mean()
+            size = factor * mean_over_latents(weights.norm(dim=-1), others)
             weights[latents] = size * torch.nn.functional.normalize(rows, dim=-1)
         for name, parameter in self.named_parameters():
             if self.axis(name).latent == 0 and parameter.dim() == 1:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from sae_core.latent_ranks import LatentRanks
 
-__all__ = ["Part", "SharedWriter", "crc32_moved"]
+__all__ = ["SharedWriter", "TensorPart", "crc32_moved"]
 
 _NOTHING: Any = None
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, its bits reflected
 _ONE = 1 << 31
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """What a rank has of a tensor: all of it (`latent` None), or its latents, which that dimension counts."""
 
     tensor: Tensor
@@ -44,14 +44,14 @@ class Part(NamedTuple):
 class SharedWriter:
     """Files that the first of `ranks` decides about, and all write together.
 
-    The first rank calls `write` for each file and `finish` in the end, the others `follow` meanwhile.
+    The first rank calls `write` for each file, within `leading`; the others `follow` meanwhile.
     """
 
     def __init__(self, ranks: LatentRanks) -> None:
         self._ranks = ranks
 
     def write(
-        self, path: Path, name: str, parts: Mapping[str, Part], said: Callable[[Mapping[str, str]], str]
+        self, path: Path, name: str, parts: Mapping[str, TensorPart], said: Callable[[Mapping[str, str]], str]
     ) -> bytes:
         """Write the file `name` to `path`, and return the header with its length before it; see `stream.write_tensors`."""
         whole = {name: _whole(part, self._ranks.size) for name, part in parts.items()}
@@ -65,11 +65,20 @@ class SharedWriter:
             file.write(header)
         return header
 
-    def finish(self, error: str | None) -> None:
-        """Tell the others that there are no more files, and what went wrong, if anything did."""
-        self._ranks.everyone(error)
+    @contextmanager
+    def leading(self) -> Generator[None]:
+        """What the first rank does; afterwards the others are told that there are no more files, and what went wrong."""
+        wrong: str | None = "the first rank was stopped while it saved"
+        try:
+            yield
+            wrong = None
+        except SaeCoreError as error:
+            wrong = str(error)
+            raise
+        finally:
+            self._ranks.everyone(wrong)
 
-    def follow(self, files: Mapping[str, Callable[[], Mapping[str, Part]]]) -> None:
+    def follow(self, files: Mapping[str, Callable[[], Mapping[str, TensorPart]]]) -> None:
         """Write what the first rank says, of `files` by name. Raises FormatError when it, or any rank, could not."""
         while isinstance(order := self._ranks.everyone(_NOTHING)[0], tuple):
             with suppress(FormatError):  # which the first rank sees too, and says in the end
@@ -77,11 +86,11 @@ class SharedWriter:
         if order is not None:
             raise FormatError(order)
 
-    def _together(self, order: tuple[str, str, bytes], parts: Mapping[str, Part]) -> dict[str, int]:
+    def _together(self, order: tuple[str, str, bytes], parts: Mapping[str, TensorPart]) -> dict[str, int]:
         self._ranks.everyone(order)
         return self._part_of(order, parts)
 
-    def _part_of(self, order: tuple[str, str, bytes], parts: Mapping[str, Part]) -> dict[str, int]:
+    def _part_of(self, order: tuple[str, str, bytes], parts: Mapping[str, TensorPart]) -> dict[str, int]:
         """Write this rank's part; the checksums of all. Raises FormatError on every rank when one could not write."""
         path, _, header = order
         sums, problem = dict.fromkeys(parts, 0), None
@@ -113,7 +122,7 @@ def crc32_moved(sum: int, by: int) -> int:
     return _times(_power(by), sum)
 
 
-def _whole(part: Part, size: int) -> Tensor:
+def _whole(part: TensorPart, size: int) -> Tensor:
     """Shape and type of a tensor of which this is a rank's part."""
     import torch
 
@@ -123,7 +132,7 @@ def _whole(part: Part, size: int) -> Tensor:
     return torch.empty(shape, dtype=part.tensor.dtype, device="meta")
 
 
-def _write(file: int, start: int, part: Part, ranks: LatentRanks) -> int:
+def _write(file: int, start: int, part: TensorPart, ranks: LatentRanks) -> int:
     """Write a part of the tensor that begins at `start`, and return what it contributes to the checksum."""
     tensor, latent = part
     if latent is None:  # all ranks have it, one writes it

@@ -43,7 +43,7 @@ from sae_core.format.pair import (
 from sae_core.format.plain import plain
 from sae_core.format.read import recognised
 from sae_core.format.sae_lens_names import to_sae_lens
-from sae_core.format.slices import Part, SharedWriter
+from sae_core.format.slices import SharedWriter, TensorPart
 from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
@@ -115,10 +115,10 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
         raise FormatError(problems[0])
     writer = SharedWriter(ranks)
 
-    def parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    def parts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, TensorPart]:
         if name == WEIGHTS_FILE:
-            return {key: Part(tensor, what.saved_as.axis_in_files(key).latent) for key, tensor in tensors.items()}
-        return {key: Part(tensor, sae.latent_dimension(key)) for key, tensor in tensors.items()}
+            return {key: TensorPart(tensor, what.saved_as.axis_in_files(key).latent) for key, tensor in tensors.items()}
+        return {key: TensorPart(tensor, sae.latent_dimension(key)) for key, tensor in tensors.items()}
 
     if ranks.rank:
         writer.follow(
@@ -128,20 +128,13 @@ def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwri
             }
         )
         return path
-    wrong: str | None = "the first rank was stopped while it saved"
-    try:
+    with writer.leading():
         _save(
             what,
             path,
             lambda at, name, tensors, said: writer.write(at, name, parts(name, tensors), said),
             overwrite=overwrite,
         )
-        wrong = None
-    except SaeCoreError as error:
-        wrong = str(error)
-        raise
-    finally:
-        writer.finish(wrong)
     return path
 
 

@@ -38,8 +38,8 @@ def write_report(path: Path, result: TrainResult, config: Mapping[str, Any], nam
     """
     page = Page(f"Training of {name or f'a {result.sae.architecture} dictionary'}")
     page.text(
-        f"{result.sae.architecture}: {result.sae.d_in:,} inputs, {result.sae.d_sae:,} latents, trained on {result.samples:,} "
-        f"samples."
+        f"{result.sae.architecture}: {result.sae.d_in:,} inputs, {result.sae.config.d_sae:,} latents, trained on "
+        f"{result.samples:,} samples."
     )
     page.table(
         ["at the end", ""],
@@ -122,8 +122,8 @@ def _curves(history: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any
 
 
 def _latents(page: Page, result: TrainResult) -> list[dict[str, Any]]:
-    norms = result.sae.direction_norms().float()
-    figures = [histogram("Norms of the decoder rows", norms, "norm")]
+    norms = result.sae.direction_norms() if result.norms is None else result.norms
+    figures = [histogram("Norms of the decoder rows", norms.float(), "norm")]
     density = result.density
     if density is not None:
         fired = density[density > 0]

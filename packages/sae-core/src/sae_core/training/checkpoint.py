@@ -2,8 +2,12 @@
 
 A state is what `Resumable` objects give: dictionaries, lists, tuples, numbers, text and None, with tensors anywhere among
 them. On disk it is a folder of two files: ``tensors.safetensors``, and ``checkpoint.json`` with everything else, in which
-``{"$tensor": NAME}`` stands for a tensor. ``checkpoint.json`` also holds the SHA-256 of both, so that damage is noticed
-before anything is restored. No pickle is written or read.
+``{"$tensor": NAME}`` stands for a tensor; where one of its dimensions counts latents, ``"latent"`` says which. The tensors'
+header holds the CRC-32 of each, and ``checkpoint.json`` the SHA-256 of that header and of what it says itself, so that damage
+is noticed before anything is restored. No pickle is written or read.
+
+Where latents are shared out over ranks, a state holds a rank's `TensorPart` of what belongs to latents. The ranks write one
+file together, the same as one process writes, and each reads its own latents from it, however many ranks there were.
 
 A folder is written under a temporary name, synced and renamed. `Checkpoints` keeps the last few of a run in one folder and
 finds the newest whole one.
@@ -14,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast, final
 
@@ -24,44 +28,89 @@ from torch import Tensor
 from sae_core.durable import sync_file, sync_folder, unique_folder
 from sae_core.errors import DataError, FormatError
 from sae_core.format.files import read_safetensors
+from sae_core.format.pair import header_digest, read_claim, sign, tensor_problem
+from sae_core.format.slices import SharedWriter, TensorPart
+from sae_core.format.stream import write_tensors
+from sae_core.format.trouble import trouble
+from sae_core.latent_ranks import LatentRanks, current_ranks, latents_here
 from sae_core.parallel.ranks import Ranks
 
-__all__ = ["CHECKPOINT_VERSION", "Checkpoints", "Found", "read_checkpoint", "sent_from_first", "write_checkpoint"]
+__all__ = [
+    "CHECKPOINT_VERSION",
+    "Checkpoints",
+    "Found",
+    "read_checkpoint",
+    "sent_from_first",
+    "without_parts",
+    "write_checkpoint",
+]
 
 CHECKPOINT_VERSION = 1
 _JSON, _TENSORS = "checkpoint.json", "tensors.safetensors"
 _TRASH = ".removing."
 
 
-def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
+def write_checkpoint(folder: Path, state: Mapping[str, Any], ranks: LatentRanks | None = None) -> Path:
     """Write `state` as the folder `folder`, which appears complete or not at all; an existing one is replaced.
 
-    Raises DataError for values that are neither tensors nor JSON, FormatError when the disk refuses.
+    Of several `ranks` all call this, each with its part of the latents; where to, the first one says. Raises DataError for
+    values that are neither tensors nor JSON, FormatError when the disk refuses.
     """
-    tensors: dict[str, Tensor] = {}
-    plain = _without_tensors(state, "", tensors)
+    parts: dict[str, TensorPart] = {}
+    plain = _without_tensors(state, "", parts)
+    parts = {name: TensorPart(part.tensor.detach().to("cpu"), part.latent) for name, part in parts.items()}
+    if ranks is None:
+        _write_folder(
+            folder,
+            plain,
+            lambda path, said: write_tensors(path, {name: part.tensor for name, part in parts.items()}, said),
+        )
+        return folder
+    writer = SharedWriter(ranks)
+    if ranks.rank:
+        writer.follow({_TENSORS: lambda: parts})
+        return folder
+    with writer.leading():
+        _write_folder(folder, plain, lambda path, said: writer.write(path, _TENSORS, parts, said))
+    return folder
+
+
+def _write_folder(folder: Path, plain: Any, write: Callable[[Path, Callable[[Mapping[str, str]], str]], bytes]) -> None:
+    """Fill a folder beside `folder`, the tensors with `write`, and rename it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = unique_folder(folder)
     except OSError as error:
         raise FormatError(f"{folder}: the checkpoint cannot be written: {error.strerror or error}") from None
     try:
-        _write_files(temporary, plain, tensors)
+        header = write(temporary / _TENSORS, sign(plain))
+        content = {
+            "version": CHECKPOINT_VERSION,
+            "sha256": {"header": header_digest(header), "state": _digest(plain)},
+            "state": plain,
+        }
+        (temporary / _JSON).write_text(_json(content) + "\n", encoding="utf-8")
+        for name in (_TENSORS, _JSON):
+            sync_file(temporary / name)
         if folder.exists():
             _remove(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of error
+    except (OSError, FormatError) as error:
         raise FormatError(
             f"{folder}: the checkpoint cannot be written: {error}; earlier checkpoints are untouched"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state that `write_checkpoint` wrote. Raises FormatError that names the file for anything damaged or missing."""
+def read_checkpoint(folder: Path, *, check: bool = True) -> dict[str, Any]:
+    """The state that `write_checkpoint` wrote; inside `latents_over`, of what belongs to latents this rank's.
+
+    Raises FormatError that names the file for anything damaged or missing; without `check`, tensors are not compared with their
+    checksums, for a rank that knows that another one has done so.
+    """
+    path = folder / _TENSORS
     try:
         content = json.loads((folder / _JSON).read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,19 +125,30 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
             f"{folder / _JSON}: checkpoint version {content['version']}, this sae-core reads {CHECKPOINT_VERSION}; "
             "go on with the version that wrote it"
         )
-    if _digest(_json(content["state"]).encode()) != content["sha256"]["state"]:
+    if _digest(content["state"]) != content["sha256"]["state"]:
         raise FormatError(f"{folder / _JSON}: damaged, its content does not match its hash")
-    try:
-        found = _file_digest(folder / _TENSORS)
-    except OSError as error:
-        raise FormatError(f"{folder / _TENSORS}: cannot be read: {error.strerror}") from None
-    if found != content["sha256"]["tensors"]:
-        raise FormatError(f"{folder / _TENSORS}: damaged, its content does not match the hash in {_JSON}")
-    # Cloned: what safetensors gives is mapped from the file, which may be removed while training goes on.
-    tensors = {name: tensor.clone() for name, tensor in read_safetensors(folder / _TENSORS).items()}
-    state = _with_tensors(content["state"], tensors, folder / _TENSORS)
+    claim = read_claim(path)
+    if claim is None or claim.header != content["sha256"]["header"]:
+        raise FormatError(f"{path}: damaged, or of another checkpoint: its header does not match the hash in {_JSON}")
+    if check and (problem := tensor_problem(path)) is not None:
+        raise FormatError(f"{path}: damaged, {problem}")
+    tensors, ranks = read_safetensors(path), current_ranks()
+
+    def taken(name: str, latent: int | None) -> Tensor:
+        if name not in tensors:
+            raise FormatError(f"{path}: no tensor {name!r}")
+        tensor = tensors.pop(name)
+        if latent is not None and ranks is not None:
+            here = latents_here(tensor.shape[latent], ranks)
+            tensor = tensor.narrow(latent, here.start, len(here))
+        return (
+            tensor.clone()
+        )  # what safetensors gives is mapped from the file, which may be removed while training goes on
+
+    with trouble(path, "reading"):
+        state = _with_tensors(content["state"], taken)
     if tensors:
-        raise FormatError(f"{folder / _TENSORS}: tensors that the checkpoint does not use: {', '.join(tensors)}")
+        raise FormatError(f"{path}: tensors that the checkpoint does not use: {', '.join(tensors)}")
     return state
 
 
@@ -96,12 +156,26 @@ def sent_from_first(state: Mapping[str, Any] | None, ranks: Ranks) -> dict[str, 
     """The state that the first of several ranks has read, on every rank; the others give None."""
     if ranks.size == 1:
         return None if state is None else dict(state)
-    tensors: dict[str, Tensor] = {}
-    plain = None if state is None else _without_tensors(state, "", tensors)
-    plain, shapes = ranks.told((plain, {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}))
-    tensors = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    ranks.sent([tensor.contiguous() for tensor in tensors.values()] if ranks.first else list(tensors.values()))
-    return None if plain is None else _with_tensors(plain, tensors, Path("checkpoint"))
+    parts: dict[str, TensorPart] = {}
+    plain = None if state is None else _without_tensors(state, "", parts)
+    plain, shapes = ranks.told((plain, {name: (part.tensor.shape, part.tensor.dtype) for name, part in parts.items()}))
+    tensors = {name: part.tensor.contiguous() for name, part in parts.items()} or {
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()
+    }
+    ranks.sent(list(tensors.values()))
+    return None if plain is None else _with_tensors(plain, lambda name, _: tensors[name])
+
+
+def without_parts(state: Any) -> Any:
+    """`state` with tensors where it has a rank's parts of them."""
+    if isinstance(state, TensorPart):
+        return state.tensor
+    if isinstance(state, Mapping):
+        return {key: without_parts(value) for key, value in cast("Mapping[Any, Any]", state).items()}
+    if isinstance(state, list | tuple):
+        items = [without_parts(item) for item in cast("list[Any]", state)]
+        return items if isinstance(state, list) else tuple(items)
+    return state
 
 
 class Found(NamedTuple):
@@ -120,17 +194,20 @@ class Checkpoints:
         self.folder = folder
         self.keep_last = keep_last
 
-    def save(self, samples: int, state: Mapping[str, Any]) -> Path:
-        """Write one more, and remove all but the newest `keep_last`.
+    def save(self, samples: int, state: Mapping[str, Any], ranks: LatentRanks | None = None) -> Path:
+        """Write one more, and remove all but the newest `keep_last`; of several `ranks` all call this, and the first one knows
+        the folder.
 
         Checkpoints of more samples than this one belong to a continuation that was given up, and one of as many is replaced:
         both are removed as well.
         """
+        if ranks is not None and ranks.rank:
+            return write_checkpoint(self.folder, state, ranks)
         path = self.folder / f"{samples:012d}"
         if path.exists():  # written beside it: at every moment there is a whole one
             again = [int(p.suffix[1:]) for p in self._all() if p.stem == path.name and p.suffix]
             path = path.with_suffix(f".{1 + max(again, default=0)}")
-        write_checkpoint(path, state)
+        write_checkpoint(path, state, ranks)
         present = self._all()
         kept = [each for each in present[present.index(path) :] if each == path or each.stem != path.stem][
             : self.keep_last
@@ -178,51 +255,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _write_files(folder: Path, plain: Any, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(_separate(tensors), folder / _TENSORS)
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    hashes = {"tensors": _file_digest(folder / _TENSORS), "state": _digest(_json(plain).encode())}
-    content = {"version": CHECKPOINT_VERSION, "sha256": hashes, "state": plain}
-    (folder / _JSON).write_text(_json(content) + "\n", encoding="utf-8")
-    for name in (_TENSORS, _JSON):
-        sync_file(folder / name)
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor on the host, contiguous and in memory of its own, as safetensors wants them."""
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        host = tensor.detach().to("cpu").contiguous()
-        storage = host.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != host.numel() * host.element_size():
-            host = host.clone()
-        seen.add(host.untyped_storage().data_ptr())
-        separate[name] = host
-    return separate
-
-
-def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors` under their path."""
+def _without_tensors(value: Any, path: str, parts: dict[str, TensorPart]) -> Any:
+    """`value` as JSON; its tensors go to `parts` under their path."""
     if isinstance(value, Tensor):
+        value = TensorPart(value, None)
+    if isinstance(value, TensorPart):
         name = path or "state"
-        while name in tensors:  # "a.b" may be one key or two
+        while name in parts:  # "a.b" may be one key or two
             name += "'"
-        tensors[name] = value
-        return {"$tensor": name}
+        parts[name] = value
+        return {"$tensor": name} if value.latent is None else {"$tensor": name, "latent": value.latent}
     if isinstance(value, Mapping):
         keys = list(cast("Mapping[Any, Any]", value))
         wrong = [key for key in keys if not isinstance(key, str) or key.startswith("$")]
         if wrong:
             raise DataError(f"checkpoint: {path or 'state'}: keys must be text without a leading $, found {wrong[0]!r}")
-        return {key: _without_tensors(value[key], f"{path}.{key}" if path else key, tensors) for key in keys}
+        return {key: _without_tensors(value[key], f"{path}.{key}" if path else key, parts) for key in keys}
     if isinstance(value, list | tuple):
-        items = [_without_tensors(item, f"{path}.{i}", tensors) for i, item in enumerate(cast("list[Any]", value))]
+        items = [_without_tensors(item, f"{path}.{i}", parts) for i, item in enumerate(cast("list[Any]", value))]
         return items if isinstance(value, list) else {"$tuple": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -232,30 +282,23 @@ def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _with_tensors(value: Any, tensors: dict[str, Tensor], where: Path) -> Any:
-    """The inverse of `_without_tensors`; takes the tensors out of `tensors`."""
+def _with_tensors(value: Any, taken: Callable[[str, int | None], Tensor]) -> Any:
+    """The inverse of `_without_tensors`; `taken` gives the tensor of a name, of which a dimension may count latents."""
     if isinstance(value, list):
-        return [_with_tensors(item, tensors, where) for item in cast("list[Any]", value)]
+        return [_with_tensors(item, taken) for item in cast("list[Any]", value)]
     if not isinstance(value, dict):
         return value
     mapping = cast("dict[str, Any]", value)
     if "$tensor" in mapping:
-        if mapping["$tensor"] not in tensors:
-            raise FormatError(f"{where}: no tensor {mapping['$tensor']!r}")
-        return tensors.pop(mapping["$tensor"])
+        return taken(mapping["$tensor"], mapping.get("latent"))
     if "$tuple" in mapping:
-        return tuple(_with_tensors(item, tensors, where) for item in mapping["$tuple"])
-    return {key: _with_tensors(item, tensors, where) for key, item in mapping.items()}
+        return tuple(_with_tensors(item, taken) for item in mapping["$tuple"])
+    return {key: _with_tensors(item, taken) for key, item in mapping.items()}
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_json(value).encode()).hexdigest()

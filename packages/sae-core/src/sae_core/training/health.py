@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sae_core.latent_ranks import LatentRanks, count_over_ranks, latents_over
 from sae_core.training.learner import Learner
 
 __all__ = ["duplicates", "health"]
@@ -20,6 +21,7 @@ def health(learner: Learner) -> list[str]:
     well.
 
     Looks at the last record, at how often latents fired over the last tenth of the run, at decoder rows, and at Adam's moments.
+    Where latents are shared out over ranks, at those of all, and all call this.
     """
     return [*_dead(learner), *_dense(learner), *_alike(learner), *_still(learner), *_sparsity(learner)]
 
@@ -39,9 +41,10 @@ def _dense(learner: Learner) -> Iterator[str]:
     if density is None:
         return
     often = int((density > _OFTEN).sum())
-    if often > _MANY_OFTEN * learner.sae.d_sae:
+    d_sae = learner.sae.config.d_sae
+    if often > _MANY_OFTEN * d_sae:
         yield (
-            f"{often} of {learner.sae.d_sae} latents fire on more than half of the samples: ask for more sparsity, or look "
+            f"{often} of {d_sae} latents fire on more than half of the samples: ask for more sparsity, or look "
             "whether the activations have a large mean that init_b_dec should take up"
         )
 
@@ -50,7 +53,9 @@ def _alike(learner: Learner) -> Iterator[str]:
     density = learner.firing_density()
     if density is None:
         return
-    share = duplicates(learner.sae.directions(), (density > 0).to(learner.sae.device))
+    sae = learner.sae
+    fired = (density > 0)[sae.latent_range.start : sae.latent_range.stop]
+    share = duplicates(sae.directions(), fired.to(sae.device), sae.ranks)
     if share > _MANY_ALIKE:
         yield (
             f"{share:.0%} of the latents that fire have a twin, another one with a decoder row of cosine {_ALIKE} or more: use "
@@ -59,42 +64,52 @@ def _alike(learner: Learner) -> Iterator[str]:
 
 
 @torch.no_grad()
-def duplicates(rows_FO: Tensor, among_F: Tensor | None = None) -> float:
+def duplicates(rows_FO: Tensor, among_F: Tensor | None = None, ranks: LatentRanks | None = None) -> float:
     """The share of rows (n, d_out) that have another one at a cosine of 0.95 or more; of many rows, that of 8192 of them.
 
-    With `among_F`, a mask (n,), the others do not count. 256 rows are looked at together.
+    With `among_F`, a mask (n,), the others do not count. Each of several `ranks` has some of the rows. 256 rows are looked at
+    together, which are then the only ones that are sent.
 
     >>> duplicates(torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]))
     0.5
     """
     norms_F = rows_FO.norm(dim=-1).float().clamp_min(1e-12)
     counted = torch.arange(len(rows_FO), device=rows_FO.device) if among_F is None else among_F.nonzero().squeeze(-1)
-    if not len(counted):
+    rank, counts = (0, [len(counted)]) if ranks is None else (ranks.rank, ranks.everyone(len(counted)))
+    if not sum(counts):
         return 0.0
-    asked = counted[:: max(1, -(-len(counted) // _ASKED))]
+    every = max(1, -(-sum(counts) // _ASKED))
+    asked = counted[-sum(counts[:rank]) % every :: every]
     twins = 0
-    for part in asked.split(_AT_ONCE):  # never all cosines at once
-        cosines = (rows_FO[part] @ rows_FO.t()).float()
-        cosines /= norms_F[part].unsqueeze(-1)
+    numbers = [len(asked)] if ranks is None else ranks.everyone(len(asked))
+    blocks = [(holder, first) for holder, number in enumerate(numbers) for first in range(0, number, _AT_ONCE)]
+    for holder, first in blocks:  # never all cosines at once
+        part = asked[first : first + _AT_ONCE] if holder == rank else asked[:0]
+        unit = rows_FO.new_zeros(min(_AT_ONCE, numbers[holder] - first), rows_FO.shape[1])
+        unit[: len(part)] = rows_FO[part] / norms_F[part].unsqueeze(-1).to(rows_FO.dtype)
+        if ranks is not None:
+            ranks.add([unit])
+        cosines = (unit @ rows_FO.t()).float()
         cosines /= norms_F
         cosines[torch.arange(len(part), device=part.device), part] = -1.0
         if among_F is not None:
             cosines.masked_fill_(~among_F, -1.0)
-        twins += int((cosines.amax(dim=1) >= _ALIKE).sum())
-    return twins / len(asked)
+        nearest = cosines.amax(dim=1)
+        twins += int(((nearest if ranks is None else -ranks.least(-nearest)) >= _ALIKE).sum())
+    return twins / sum(numbers)
 
 
 def _still(learner: Learner) -> Iterator[str]:
-    for name, parameter in learner.sae.named_parameters():
-        if parameter.dim() != 1 or parameter.shape[0] != learner.sae.d_sae:
-            continue
+    sae = learner.sae
+    for name, parameter in sae.named_parameters():
         moments = learner.moments(name)
-        if moments is None:
+        if parameter.dim() != 1 or sae.latent_dimension(name) != 0 or moments is None:
             continue
-        still = int((moments == 0).sum())
-        if still > _MANY_STILL * learner.sae.d_sae:
+        with latents_over(sae.ranks):
+            still = count_over_ranks(int((moments == 0).sum()))
+        if still > _MANY_STILL * sae.config.d_sae:
             yield (
-                f"{still} of {learner.sae.d_sae} entries of {name} never got a gradient and are where they started: their "
+                f"{still} of {sae.config.d_sae} entries of {name} never got a gradient and are where they started: their "
                 "latents never fired, or the window that gives thresholds a gradient is too narrow for these activations"
             )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import final
 
+from sae_core.latent_ranks import latents_over
 from sae_core.sae import SAE
 from sae_core.training.config import samples_of
 from sae_core.training.learner import Learner, Record
@@ -30,5 +31,7 @@ class HeldOut:
         before = learner.history[-2]["samples"] if len(learner.history) > 1 else 0
         if not learner.finished and learner.samples // size == int(before or 0) // size:
             return
-        for name, value in self._measure(learner.sae).items():
+        with latents_over(learner.sae.ranks):  # what is asked of codes is of all latents
+            measured = self._measure(learner.sae)
+        for name, value in measured.items():
             record[f"held_out.{name}"] = value if math.isfinite(value) else None

@@ -21,12 +21,15 @@ from sae_core.config import ends_of, require, structure, unstructure, value_at
 from sae_core.data.stream import Batch, Part, part_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import DataError, FormatError
+from sae_core.format.slices import TensorPart
+from sae_core.latent_ranks import all_latents
 from sae_core.ops.mixed import dense_products_in
 from sae_core.ops.screening import ProductForm, Tally, encoder_products, may_screen, tallied
 from sae_core.ops.whole_batch import ALL_HERE, WholeBatch, divided
 from sae_core.parallel.ranks import ALONE, Ranks
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE, StepContext
+from sae_core.training.checkpoint import without_parts
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.gradients import GradientSums
 from sae_core.training.monitor import DeadLatents, Window, check_batch
@@ -104,10 +107,6 @@ class Learner:
         require(
             config.resample_dead_every_samples is None or sae.restarts_latents,
             f"resample_dead_every_samples: latents of {sae.architecture} cannot be restarted; remove it",
-        )
-        require(
-            config.resample_dead_every_samples is None or sae.ranks is None,
-            "resample_dead_every_samples: dead latents that are shared out over processes are not restarted; remove it",
         )
         self.sae = sae
         self.config = config
@@ -267,14 +266,14 @@ class Learner:
 
     def _resample(self, found: _Placed, result: StepResult) -> None:
         """Look for dead latents, which waits for the device, and start them anew."""
-        latents = self.dead.indices(self.ranks)
+        latents, elsewhere = self._find_dead()
         if latents is None:
             return
         resample(self.sae, latents, found.batch, result, self.samples, found.together)
         forget_moments(self.optimizer, self.sae, latents)
         self.dead.samples_since_fired[latents] = 0
-        self._dead_indices = None
-        self._resampled += len(latents)
+        self._dead_indices, self._dead_elsewhere = None, 0
+        self._resampled += len(latents) + elsewhere
 
     def flush(self) -> Record | None:
         """The record of the steps since the last flush; None when there were none.
@@ -310,8 +309,13 @@ class Learner:
         return record
 
     def firing_density(self) -> Tensor | None:
-        """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it."""
-        return None if not self._fired_rows else (self._fired + self._fired_here).double() / self._fired_rows
+        """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it.
+
+        Where latents are shared out over ranks, those of all, and all ask for it.
+        """
+        if not self._fired_rows:
+            return None
+        return all_latents(self._fired + self._fired_here, self.sae.ranks).double() / self._fired_rows
 
     def moments(self, name: str) -> Tensor | None:
         """Adam's running mean of the squared gradient of the parameter `name`; None before the first step."""
@@ -342,7 +346,7 @@ class Learner:
 
     def _leave_to_first(self) -> None:
         """The first rank has sums whole, and the others go on from nothing."""
-        if self.ranks.first:
+        if not self.ranks.rank:
             return
         waiting = [parameter.grad for parameter in self.sae.parameters()] if self._gathered_rows else []
         for tensor in (self._first_error, *waiting):
@@ -350,21 +354,29 @@ class Learner:
                 tensor.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on; on several ranks after `settle`, and of the first."""
+        """Everything that the next steps depend on; on several ranks after `settle`, and of the first, or of those that share
+        out the latents. What belongs to latents is a `TensorPart`.
+        """
         moments = {
-            name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.sae.named_parameters()
+            name: {
+                key: self._part(name, value, parameter)
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+            for name, parameter in self.sae.named_parameters()
         }
+        weights = {**self.sae.state_dict(), **dict(self.sae.named_buffers())}
         return {
             "architecture": self.sae.architecture,
             "sae_config": unstructure(self.sae.config),
             "dtype": str(self.sae.dtype).removeprefix("torch."),
             "metadata": self.sae.metadata,
-            "weights": {**self.sae.state_dict(), **dict(self.sae.named_buffers())},
+            "weights": {name: self._part(name, tensor) for name, tensor in weights.items()},
             "optimizer": moments,
             "window": self.window.state_dict(),
-            "silent_samples": self.dead.samples_since_fired,
-            "dead": self._dead_indices,
-            "fired": self._fired + self._fired_here,
+            "silent_samples": TensorPart(self.dead.samples_since_fired, 0),
+            "dead": self._dead_mask(),
+            "n_dead": self._context(self._dead_indices, self._dead_elsewhere).n_dead,
+            "fired": TensorPart(self._fired + self._fired_here, 0),
             "fired_rows": self._fired_rows,
             "resampled": self._resampled,
             "gathered_rows": self._gathered_rows,
@@ -379,13 +391,28 @@ class Learner:
             "history": self.history,
         }
 
-    def _gathered(self) -> dict[str, Tensor]:
+    def _gathered(self) -> dict[str, TensorPart]:
         """Gradients that wait for the optimiser's step."""
         named = self.sae.named_parameters() if self._gathered_rows else ()
-        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+        return {name: self._part(name, parameter.grad) for name, parameter in named if parameter.grad is not None}
+
+    def _dead_mask(self) -> TensorPart | None:
+        """(d_sae,) whether a latent is dead; None where none is."""
+        if self._dead_indices is None:
+            return None
+        none = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.sae.device)
+        return TensorPart(none.index_fill_(0, self._dead_indices, True), 0)
+
+    def _part(self, name: str, tensor: Tensor, like: Tensor | None = None) -> TensorPart:
+        """A tensor that has the form of the SAE's tensor `name`; or if it has that of `like`."""
+        same = like is None or tensor.shape == like.shape
+        return TensorPart(tensor, self.sae.latent_dimension(name) if same else None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved state. Raises FormatError where it belongs to another dictionary."""
+        """Go on with a saved state, of what belongs to latents with this rank's. Raises FormatError where it belongs to another
+        dictionary.
+        """
+        state = without_parts(state)
         self.sae.config = structure(state["sae_config"], type(self.sae.config), where="checkpoint")
         self.sae.metadata = dict(state["metadata"])
         self._load_weights(state["weights"])
@@ -405,14 +432,16 @@ class Learner:
         for name, gradient in state["gradients"].items():
             parameter = self.sae.get_parameter(name)
             parameter.grad = gradient.to(device, parameter.dtype)
-        self._dead_indices, self._bad_since, self._first_error = (
+        dead, self._bad_since, self._first_error = (
             None if state[key] is None else state[key].to(device) for key in ("dead", "bad_since", "first_error")
         )
+        self._dead_indices = None if dead is None else dead.nonzero().squeeze(-1)
+        self._dead_elsewhere = state["n_dead"] - (0 if self._dead_indices is None else self._dead_indices.numel())
         if self.steering is not None and state["steering"] is not None:
             self.steering.load_state_dict(state["steering"])
         self.density, self._best_error = state["density"], state["best_error"]
         self.samples, self.steps, self.history = state["samples"], state["steps"], list(state["history"])
-        if not self.ranks.first:
+        if self.ranks.rank:
             self.window.forget()
             if self.steering is not None:
                 self.steering.forget()
@@ -513,7 +542,7 @@ class Learner:
             part is not None and items < ranks.size
         ):  # too few for all: every rank computes all of them, and the first counts
             inputs, targets = ranks.whole(inputs, items), None if targets is None else ranks.whole(targets, items)
-            return _Placed(ActivationBatch(inputs, targets), items, together, ALL_HERE, float(ranks.first))
+            return _Placed(ActivationBatch(inputs, targets), items, together, ALL_HERE, float(not ranks.rank))
         keep = ranks.items(items)
         here = ActivationBatch(inputs[:keep], None if targets is None else targets[:keep])
         if ranks.size == 1:

@@ -66,7 +66,7 @@ class Window:
         if ranks.size == 1:
             return
         self._together(ranks)
-        if not ranks.first:
+        if ranks.rank:
             self.forget()
 
     def forget(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_core.latent_ranks import latents_over
 from sae_core.ops.whole_batch import ALL_HERE, WholeBatch
 from sae_core.protocols import ActivationBatch
 from sae_core.sae import SAE
@@ -28,18 +29,23 @@ def resample(
 ) -> None:
     """Restart `latents` (n,) at rows of `batch`, of which `result` is a step's result; `seed` decides the draw.
 
-    `together` says of which batch these rows are a part; each of its rows may be drawn.
+    `together` says of which batch these rows are a part; each of its rows may be drawn. Where latents are shared out over
+    ranks, each gives its own, maybe none: rows are drawn for those of all ranks, as one process would.
     """
+    counts = [len(latents)] if sae.ranks is None else sae.ranks.everyone(len(latents))
+    before = 0 if sae.ranks is None else sum(counts[: sae.ranks.rank])
     loss_R = (result.reconstruction - result.target).float().square().sum(-1)
     weights_R = together.all_rows(loss_R).square().cpu()
     if not bool(weights_R.sum() > 0):  # reconstructed perfectly: any row is as good as another
         weights_R = torch.ones_like(weights_R)
     weights_R = weights_R / weights_R.max()
     generator = torch.Generator().manual_seed(seed)
-    rows_N = torch.multinomial(weights_R, len(latents), replacement=True, generator=generator).to(sae.device)
+    drawn = torch.multinomial(weights_R, sum(counts), replacement=True, generator=generator)
+    rows_N = drawn[before : before + len(latents)].to(sae.device)
     width = batch.inputs.shape[-1] if batch.inputs.shape[-1] == sae.d_in else sae.d_in  # heads side by side
     chosen = together.chosen(batch.inputs.reshape(-1, width), rows_N)
-    sae.restart_latents(latents, sae.prepare(chosen), together.chosen(result.target, rows_N))
+    with latents_over(sae.ranks):
+        sae.restart_latents(latents, sae.prepare(chosen), together.chosen(result.target, rows_N))
     sae.after_step()
 
 

@@ -101,7 +101,7 @@ class CoefficientSteering:
     def settle(self, ranks: Ranks) -> None:
         """Bring the sums of all ranks together at the first."""
         ranks.add([self._l0])
-        if not ranks.first:
+        if ranks.rank:
             self.forget()
 
     def forget(self) -> None:

@@ -30,6 +30,7 @@ from sae_core.data.stream import Batch, Part, Stream, rows_of
 from sae_core.data.wiring import Wiring
 from sae_core.errors import ConfigError, DataError, FormatError, UnknownNameError
 from sae_core.format.exports import exported
+from sae_core.latent_ranks import LatentRanks, all_latents, latents_over
 from sae_core.ops.memory import large_memory_is_kept
 from sae_core.parallel.joining import require_divisible
 from sae_core.parallel.ranks import ALONE, Ranks
@@ -92,6 +93,8 @@ class TrainResult:
     """What is not well, and what to do about it."""
     density: Tensor | None = None
     """(d_sae,) the fraction of samples on which each latent fired over the last tenth of the run; None before it."""
+    norms: Tensor | None = None
+    """(d_sae,) the norms of the latents' `directions`, where latents are shared out over ranks; else the SAE knows them."""
 
 
 @final
@@ -132,9 +135,11 @@ class Trainer:
         self._shared = _shared_settings(configs)
         require_divisible(self._shared.batch_size, ranks.size)
         self.ranks = ranks
+        first = next(iter(named.values()))
         require(
-            checkpoints is None or all(sae.ranks is None for sae in named.values()),
-            "checkpoints: the state of dictionaries whose latents are shared out over processes cannot be saved; leave it out",
+            all(sae.ranks is first.ranks for sae in named.values()),
+            "several SAEs are trained, and their latents are shared out over different processes; make all of them in one "
+            "latents_over",
         )
         wirings = {
             name: Wiring.between(sae, source, _quoted(name)) if isinstance(source, ActivationSource) else None
@@ -241,7 +246,7 @@ class Trainer:
         return self.results()[self._only()]
 
     def results(self, seconds: float = 0.0) -> dict[str, TrainResult]:
-        """What has come out so far, by name."""
+        """What has come out so far, by name; where latents are shared out over ranks, all ask for it."""
         return {
             name: TrainResult(
                 each.sae.eval(),
@@ -251,6 +256,7 @@ class Trainer:
                 self.dropped.get(name),
                 health(each),
                 each.firing_density(),
+                None if each.sae.ranks is None else all_latents(each.sae.direction_norms(), each.sae.ranks),
             )
             for name, each in self.learners.items()
         }
@@ -329,10 +335,11 @@ class Trainer:
         """Write the whole state as the folder `folder`, from which `resume` goes on with the same bits.
 
         Where the source's iterator cannot be saved, its place is left out, and `resume` refuses unless forced. Of several ranks
-        the first one writes, and the state does not depend on how many there are.
+        the first one writes, or those that share out the latents together; what they write does not depend on how many there
+        are.
         """
         state = self.state_dict()
-        return write_checkpoint(Path(folder), state) if self.ranks.first else Path(folder)
+        return Path(folder) if self.ranks.rank else write_checkpoint(Path(folder), state, self._over)
 
     def checkpoint(self) -> Path:
         """Write one more checkpoint into the folder for checkpoints. Raises ConfigError when there is none."""
@@ -340,16 +347,14 @@ class Trainer:
             raise ConfigError("no folder for checkpoints: Trainer(..., checkpoints=...)")
         with self.ranks.in_step(False):
             state = self.state_dict()
-            path = self._checkpoints.save(self.samples, state) if self.ranks.first else self._checkpoints.folder
+            path = self._checkpoints.folder
+            if not self.ranks.rank:
+                path = self._checkpoints.save(self.samples, state, self._over)
         self._saved_at = (self.samples, time.monotonic())
         return path
 
     def state_dict(self) -> dict[str, Any]:
         """All learners, the stream's place, resumable loggers, and the facts that must be the same when training goes on."""
-        require(
-            all(learner.sae.ranks is None for learner in self.learners.values()),
-            "the state of dictionaries whose latents are shared out over processes cannot be saved",
-        )
         for learner in self.learners.values():
             learner.settle()
         loggers = {
@@ -395,23 +400,25 @@ class Trainer:
         for damaged checkpoints.
         """
         folder = Path(folder)
-        if (folder / "checkpoint.json").exists():
-            state = read_checkpoint(folder)
-        else:
-            found = Checkpoints(folder, keep_last=1).newest()
-            if found is None:
-                raise FormatError(f"{folder}: no checkpoint there")
-            state, checkpoints = found.state, checkpoints or folder
+        with latents_over(ranks.latents):
+            if (folder / "checkpoint.json").exists():
+                state = read_checkpoint(folder)
+            else:
+                found = Checkpoints(folder, keep_last=1).newest()
+                if found is None:
+                    raise FormatError(f"{folder}: no checkpoint there")
+                state, checkpoints = found.state, checkpoints or folder
         saved = {name: structure(c, TrainConfig, where="checkpoint") for name, c in state["configs"].items()}
         if architecture is not None:
             gone = orphaned(state)
             require(len(gone) > 0, f"architecture: {folder} holds nothing of a package that is gone; leave it out")
             state = claimed(state, dict.fromkeys(gone, architecture))
         try:
-            saes = {
-                name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
-                for name, learner in state["learners"].items()
-            }
+            with latents_over(ranks.latents):
+                saes = {
+                    name: create(device=device, dtype=learner["dtype"], **state["initial"][name])
+                    for name, learner in state["learners"].items()
+                }
         except UnknownNameError as error:
             raise UnknownNameError(
                 f"{folder}: {error}\nif another package provides it now, say so: "
@@ -465,6 +472,11 @@ class Trainer:
         self._saved_at = (self.samples, time.monotonic())
 
     # Parts of the loop.
+
+    @property
+    def _over(self) -> LatentRanks | None:
+        """The ranks that latents are shared out over."""
+        return next(iter(self.learners.values())).sae.ranks
 
     def _only(self) -> str:
         if len(self.learners) != 1:
