@@ -99,6 +99,11 @@ def test_what_a_run_would_refuse_its_plan_refuses(run_file: Path, capsys: Any) -
     assert "kk" in capsys.readouterr().err
 
 
+def test_processes_that_only_read_have_no_plan(run_file: Path, capsys: Any) -> None:
+    assert main(["plan", str(run_file), "--set", "parallel.source=1"]) == 1
+    assert "parallel.source: a plan is of processes that read and train" in capsys.readouterr().err
+
+
 def test_a_plan_of_shared_out_latents_is_that_of_one_slice(
     small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

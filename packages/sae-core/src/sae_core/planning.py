@@ -21,6 +21,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from sae_core.config import require
 from sae_core.data.wiring import Wiring
 from sae_core.format.exports import exported
 from sae_core.latent_ranks import latents_over
@@ -77,6 +78,11 @@ def plan(run: RunConfig) -> Plan:
     """Look at a run, with its source loaded where that fits. Raises what the run itself would raise before it begins."""
     import dataclasses
 
+    require(
+        not run.parallel.source,
+        "parallel.source: a plan is of processes that read and train; plan with parallel.source=0, and take the memory of the "
+        "source and of the dictionary apart",
+    )
     run = dataclasses.replace(run, device=chosen_device(run.device))
     members = members_in(run)
     over = run.parallel.latents
