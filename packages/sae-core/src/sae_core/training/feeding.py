@@ -88,8 +88,8 @@ def _give(source: ActivationSource, batch_size: int, ranks: Ranks, training: int
             stream.load_state_dict({"source": run.receive_object(0), "ahead": []})
         elif asked == _PLACE:
             found = stream.state_dict()["source"] if stream.resumable else None
-            if ranks.rank == 0:
-                run.send_object(found, 0)
+            for rank in range(latents if ranks.rank == 0 else 0):  # those that write checkpoints together
+                run.send_object(found, rank)
         else:
             with run.in_step():
                 given = _next(stream)
@@ -221,9 +221,9 @@ class FedBatches(Iterator[Any]):
         return [] if found is None else [self._handed(found)]
 
     def state_dict(self) -> dict[str, Any]:
-        """On the first rank the place of the stream behind what was asked for; `asked_for` gives what is not handed out."""
+        """Where checkpoints are written the place behind what was asked for; `asked_for` gives what is not handed out."""
         self._ask(_PLACE)
-        if not self._ranks.first:
+        if self._ranks.rank:
             return {}
         found = self._ranks.run.receive_object(self._first_reader)
         if found is None:
