@@ -19,6 +19,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "fed": (2, ["parallel.source=1"]),
     "fed three": (3, ["parallel.source=1"]),
+    "fed latents": (3, ["parallel={source: 1, latents: 2}"]),
     "two": (2, ["eval={every_samples: 512, tokens: 200}"]),
     "two again": (2, ["eval={every_samples: 512, tokens: 200}"]),
     "two readers": (3, ["parallel.source=2"]),

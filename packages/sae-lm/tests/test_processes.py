@@ -62,6 +62,7 @@ def close(one: Path, two: Path) -> None:
 
 def test_two_processes_that_train_share_the_batches_of_one_that_runs_the_model(folder: Path) -> None:
     close(folder / "fed three", folder / "one")
+    close(folder / "fed latents", folder / "one")
 
 
 def test_two_that_run_the_model_for_one_give_what_two_have_that_do_both(folder: Path) -> None:
