@@ -55,6 +55,7 @@ def test_a_latent_is_found_labelled_and_steered(
     other = new_page(address, width=400, dark=True)  # a second browser sees what the first one wrote
     other.fill("#search", "DROP TABLE labels")
     expect(other.locator("#rows .line b")).to_contain_text("<img src=x")
+    other.fill("#search", "a note")
     expect(other.locator("#total")).to_have_text("1 latent")
     other.locator(f"#rows .line[data-latent='{latent}']").click()
     expect(other.locator("#label")).to_have_value(HOSTILE)
