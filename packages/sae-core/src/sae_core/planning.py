@@ -91,7 +91,6 @@ def plan(run: RunConfig) -> Plan:
     found = Plan(samples=samples, processes=data * over)
     ranks = _LikeThisOne(over)
     device = torch.device(run.device)
-    _load_libraries()
     source = open_source(run)
     loaded = source.to_load() if isinstance(source, EstimatesCosts) else []
     for kind in {"cpu", device.type, *(entry.device for entry in loaded)}:
@@ -192,13 +191,6 @@ class _LikeThisOne:
 def _alike(sae: SAE) -> list[Tensor]:
     """The parameters that all ranks have whole."""
     return [parameter for name, parameter in sae.named_parameters() if sae.latent_dimension(name) is None]
-
-
-def _load_libraries() -> None:
-    """Have torch import what its optimisers need, which is not little, so that it is counted as such."""
-    parameter = torch.zeros(1, requires_grad=True)
-    parameter.grad = torch.zeros(1)
-    torch.optim.Adam([parameter], fused=True).step()
 
 
 def _refused(found: Plan) -> bool:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from sae_core import SparseCodes
 from sae_core.config import require
 from sae_core.errors import ConfigError, ShapeError
+from sae_core.training.optimizer import Adam
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -76,7 +77,7 @@ def orthogonalize_embeddings(
     require(chunk_size > 0, f"orthogonalize_embeddings: chunk_size must be positive, not {chunk_size}")
     working = torch.promote_types(embeddings.dtype, torch.float32)
     vectors_ND = _unit_rows(embeddings.detach().to(working, copy=True)).requires_grad_()
-    optimizer = torch.optim.Adam([vectors_ND], lr=lr, foreach=True)
+    optimizer = Adam([vectors_ND], lr=lr, foreach=True)
     with torch.no_grad():
         vectors_ND.grad = torch.empty_like(vectors_ND)
         for _ in tqdm(range(num_steps), desc="orthogonalising", disable=not show_progress, ncols=79):

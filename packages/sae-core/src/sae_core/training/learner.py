@@ -33,7 +33,7 @@ from sae_core.training.checkpoint import without_parts
 from sae_core.training.config import TrainConfig, samples_of
 from sae_core.training.gradients import GradientSums
 from sae_core.training.monitor import DeadLatents, Window, check_batch
-from sae_core.training.optimizer import clipped_step
+from sae_core.training.optimizer import Adam, clipped_step
 from sae_core.training.resampling import forget_moments, resample
 from sae_core.training.row_blocks import StepResult, forward_and_backward
 from sae_core.training.schedules import learning_rate_factor
@@ -115,7 +115,7 @@ class Learner:
         self.samples = 0
         self.steps = 0
         self.history: list[Record] = []
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = Adam(
             sae.parameters(),
             lr=value_at(config.lr, 0.0),
             betas=(value_at(config.adam_beta1, 0.0), value_at(config.adam_beta2, 0.0)),

@@ -3,11 +3,15 @@
 Clipping does not rewrite the gradients beforehand: fused Adam divides them by `grad_scale` as it reads them.
 
     clipped = g * min(1, max_norm / (|g| + 1e-6))   =   g / max(1, (|g| + 1e-6) / max_norm)
+
+`Adam` is torch's, less the import of torch's compiler: an optimiser's first method brings it in, only to tell it to keep out,
+and that takes two seconds of every process.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -16,7 +20,20 @@ if TYPE_CHECKING:
 
     from sae_core.dictionary import Dictionary
 
-__all__ = ["clipped_step"]
+__all__ = ["Adam", "clipped_step"]
+
+_Optimizer: Any = torch.optim.Optimizer
+
+
+@final
+class Adam(torch.optim.Adam):
+    """torch's fused Adam, outside of `torch.compile`."""
+
+    add_param_group = inspect.unwrap(_Optimizer.add_param_group)
+    state_dict = inspect.unwrap(_Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(_Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(_Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 @torch.no_grad()
