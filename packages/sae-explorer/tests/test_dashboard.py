@@ -12,7 +12,7 @@ import torch
 from sae_core import create
 from sae_core.cli import main
 from sae_core.errors import ConfigError
-from sae_explorer import Studied, open_studied, write_dashboard
+from sae_explorer import NeuronpediaId, Studied, open_studied, write_dashboard, write_upload
 from sae_explorer.dashboard import parse_latents
 from sae_explorer.directions import logit_histograms, nearest, site_norms, unit_directions
 from sae_explorer.index import INDEX_FILE, Query, search
@@ -99,6 +99,22 @@ def test_a_dashboard_that_fails_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         write_dashboard(one, tmp_path / "out", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_said(
+    one: Studied, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = ["dashboard", str(world / "one"), str(tmp_path / "file" / "out"), "--study", str(tmp_path / "study")]
+    assert main([*given, "--device", "cpu"]) == 1
+    assert f"cannot be written, for {tmp_path / 'file'} is no folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no study was begun
+    for write in (
+        lambda: write_dashboard(one, "/proc/out", [3]),
+        lambda: write_upload(one, "/proc/out", NeuronpediaId.parse("tiny/1-res"), [3]),
+    ):
+        with pytest.raises(ConfigError, match="/proc/out cannot be written: "):
+            write()
 
 
 def test_the_command_studies_what_was_not_studied(

@@ -16,6 +16,7 @@ from typing import Any
 
 from sae_core.config import require
 from sae_core.durable import sync_folder, umask, unique_folder
+from sae_core.errors import ConfigError
 
 from sae_explorer.index import COLUMNS, Query, search
 from sae_explorer.reading import Studied
@@ -23,6 +24,7 @@ from sae_explorer.reading import Studied
 __all__ = [
     "MOST_IN_ONE_FILE",
     "PAGE_FILES",
+    "begun",
     "linked_page",
     "page_file",
     "parse_latents",
@@ -64,6 +66,8 @@ def require_room(out: str | Path, latents: Sequence[int]) -> None:
     """Raise ConfigError where a dashboard of these latents cannot be written, before work is put into it."""
     out = Path(out)
     require(not out.exists(), f"dashboard: {out} exists; name another, or remove it")
+    above = next(path for path in out.absolute().parents if path.exists())
+    require(above.is_dir(), f"dashboard: {out} cannot be written, for {above} is no folder")
     require(bool(latents), "dashboard: there is no latent to show")
     require(
         out.suffix != ".html" or len(latents) <= MOST_IN_ONE_FILE,
@@ -87,8 +91,7 @@ def write_dashboard(
     chosen = list(range(studied.sae.d_sae)) if latents is None else sorted(set(latents))
     require_room(out, chosen)
     one_file = out.suffix == ".html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = unique_folder(out)
+    folder = begun(out)
     try:
         page = folder / "index.html"
         scripts = [f"receive('index', {_script(_index(studied, chosen))})"]
@@ -114,6 +117,15 @@ def write_dashboard(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return out / "index.html"
+
+
+def begun(out: Path) -> Path:
+    """A new folder beside `out`, in which it grows. Raises ConfigError where none can be made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return unique_folder(out)
+    except OSError as error:
+        raise ConfigError(f"dashboard: {out} cannot be written: {error.strerror}; name another place") from None
 
 
 def _whole_page(head: str, scripts: Sequence[str]) -> str:

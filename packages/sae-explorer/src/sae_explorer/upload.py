@@ -17,10 +17,11 @@ from typing import Any, final
 
 import torch
 from sae_core.config import require
-from sae_core.durable import sync_folder, unique_folder
+from sae_core.durable import sync_folder
 from sae_core.errors import ConfigError
 from sae_lm.studies import Example
 
+from sae_explorer.dashboard import begun
 from sae_explorer.directions import logit_histograms
 from sae_explorer.reading import Studied
 
@@ -75,8 +76,7 @@ def write_upload(
     fired = studied.study.latents["count"] > 0
     active = [latent for latent in chosen if fired[latent]]
     facts = {"model_id": where.model, "layer": where.layer, "sae_set": where.set, "sae_id_suffix": where.suffix}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = unique_folder(out)
+    folder = begun(out)
     try:
         for number, start in enumerate(range(0, len(active), _BATCH)):
             part = active[start : start + _BATCH]
