@@ -32,7 +32,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`-n auto`):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    """Tests of one file run in one process, since they share models and worlds."""
+    """Tests of one file run in one process, since they share models and worlds, in the order in which they were collected."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: one that comes last is waited for by all other processes."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from sae_core import SAE
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("latents_process.py")
 _PROGRAM = runpy.run_path(str(PROGRAM))
 CASES: dict[str, Any] = _PROGRAM["CASES"]

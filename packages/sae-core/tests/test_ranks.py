@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("ranks_process.py")
 ARCHITECTURES = runpy.run_path(str(PROGRAM))["ARCHITECTURES"]
 SIZES = (2, 4)

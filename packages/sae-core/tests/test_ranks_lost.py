@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 _PATIENCE = 240  # of the tests, on a machine that does other things
 
 

@@ -29,6 +29,8 @@ from sae_core.run import execute, read_run
 from sae_core.run_folder import RunFolder, locked
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 ROWS = torch.randn(1500, 8, generator=torch.Generator().manual_seed(0)).relu()
 
 

@@ -21,6 +21,8 @@ from sae_core.errors import FormatError
 from sae_core.format.pair import tensor_problem
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 FILES = ["cfg.json", "sae_weights.safetensors"]
 

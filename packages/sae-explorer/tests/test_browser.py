@@ -14,6 +14,8 @@ import pytest
 from sae_core.cli import main
 from sae_explorer.playing import Model
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<img src=x onerror=document.title='hacked'> שלום\u202e 👩‍👩‍👧 \u200b'; DROP TABLE labels"
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from sae_core import SAE
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("lm_process.py")
 
 

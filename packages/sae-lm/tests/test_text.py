@@ -19,6 +19,8 @@ from sae_lm.reading import Chat, TokenRow
 from sae_lm.stdlib_text import stdlib_docstrings
 from sae_lm.text import TextConfig, documents, is_held_out, require_held_out
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_embedded_text_is_large_deterministic_free_of_copies_and_not_imported() -> None:
     modules = stdlib_docstrings()
