@@ -34,7 +34,8 @@ HEAVY = (
 )
 RUN = "import sys; from sae_core.cli import main; sys.argv[1:] = {arguments!r}; sys.exit(main())"
 YARDSTICK = "import asyncio, argparse, email.message, http.client, unittest.mock, xml.dom.minidom"
-YARDSTICK_SECONDS = 0.17  # on an idle machine on which the budgets have twice the room they need
+YARDSTICK_SECONDS = 0.17  # on an idle machine
+MOST_STRETCHED = 2.0
 
 DUMMY = """
 from sae_core.plugins import ArchitectureSpec, LoaderSpec, hookimpl
@@ -61,16 +62,18 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> PluginFolder:
     return site
 
 
-def is_within(site: PluginFolder, code: str, budget: float, attempts: int = 12) -> bool:
-    """Whether a fresh Python that runs `code` takes less than `budget` seconds of an idle machine more than a bare one."""
-    least, bare, yardstick = float("inf"), float("inf"), float("inf")
+def is_within(site: PluginFolder, code: str, budget: float, beside: str | None = None, attempts: int = 12) -> bool:
+    """Whether a fresh Python that runs `code` takes less than `budget` seconds of an idle machine, or so much more than
+    one that runs `beside`.
+    """
+    least, other, yardstick = float("inf"), float("inf"), float("inf")
     for _ in range(attempts):
         least = min(least, processor_seconds(site, code))
-        bare = min(bare, processor_seconds(site, "pass"))
-        if least - bare < budget:
+        other = 0.0 if beside is None else min(other, processor_seconds(site, beside))
+        if least - other < budget:
             return True
         yardstick = min(yardstick, processor_seconds(site, YARDSTICK))
-        if least - bare < budget * (yardstick - bare) / YARDSTICK_SECONDS:
+        if least - other < budget * min(yardstick / YARDSTICK_SECONDS, MOST_STRETCHED):
             return True
     return False
 
@@ -98,7 +101,7 @@ def heavy_after(site: PluginFolder, code: str) -> list[str]:
 
 
 def test_importing_the_core_costs_less_than_a_tenth_of_a_second(fifty: PluginFolder) -> None:
-    assert is_within(fifty, "import sae_core", 0.1)
+    assert is_within(fifty, "import sae_core", 0.1, beside="pass")
 
 
 def test_listing_fifty_plugins_costs_less_than_half_a_second(fifty: PluginFolder) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_core import SAE
+from sae_core.testing.rank_processes import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -26,16 +24,7 @@ D_SAE: int = _PROGRAM["D_SAE"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes left what they found."""
     place = tmp_path_factory.mktemp("latents")
-    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(place)],
-        env={**os.environ, **shared},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    (place / "said").write_text(done.stdout)
+    (place / "said").write_text(run_program(PROGRAM, place))
     return place
 
 

@@ -5,15 +5,13 @@ All cases of `ranks_process` run in one process, and in one group of four.
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sae_core.testing.rank_processes import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +24,7 @@ SIZES = (2, 4)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the first two of four processes found, and with each what one process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)],
-        env={**os.environ, **shared},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(PROGRAM, folder)
     alone, *both = (torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "found-0", "found-1"))
     return [{**each, **alone} for each in both]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sae_core import SAE
+from sae_core.testing.rank_processes import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +19,7 @@ PROGRAM = Path(__file__).with_name("lm_process.py")
 def folder(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of the program have left what came out."""
     place = tmp_path_factory.mktemp("processes")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(saved_model), str(place)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(PROGRAM, saved_model, place)
     return place
 
 

@@ -263,19 +263,17 @@ class SyntheticSource:
 
     def batches(self, batch_size: int) -> SyntheticBatches:
         """Batches (batch_size, d_in), every time from the first; the last is shorter where `total_samples` ends it."""
-        generator = self.model.activation_generator
-        row = generator.fork(generator.seed)  # its position is its own
-        return SyntheticBatches(self.model.feature_dict, row, batch_size, self.config.total_samples)
+        return self._row(batch_size, 0, 1)
 
     def parts(self, batch_size: int, rank: int, ranks: int) -> SyntheticParts:
         """The rows of one of several processes; which features fire is drawn by all, the activations are its own."""
+        return SyntheticParts(self._row(batch_size, rank, ranks))
+
+    def _row(self, batch_size: int, rank: int, ranks: int) -> SyntheticBatches:
         generator = self.model.activation_generator
-        row = generator.fork(generator.seed)
-        return SyntheticParts(
-            SyntheticBatches(
-                self.model.feature_dict, row, batch_size, self.config.total_samples, rank=rank, ranks=ranks
-            )
-        )
+        row = generator.fork(generator.seed)  # its position is its own
+        total = self.config.total_samples
+        return SyntheticBatches(self.model.feature_dict, row, batch_size, total, rank=rank, ranks=ranks)
 
     def fingerprint(self) -> str:
         """Of the directions of a saved model, which may be another one in a file of the same name."""

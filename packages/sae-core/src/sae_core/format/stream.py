@@ -154,8 +154,8 @@ def _scaled_blocks(tensor: ScaledRows) -> Iterator[Tensor]:
     rooms = torch.empty((2, rows, tensor.shape[1]), dtype=tensor.dtype)
     for number, (block, numbers) in enumerate(zip(tensor.rows.split(rows), tensor.numbers.split(rows), strict=True)):
         made = rooms[number % 2, : len(block)]
-        for parts in zip(made.split(_TILE), block.split(_TILE), numbers[:, None].split(_TILE), strict=True):
-            room, tile, scale = parts
+        scales = numbers[:, None].split(_TILE)
+        for room, tile, scale in zip(made.split(_TILE), block.split(_TILE), scales, strict=True):
             tensor.operation(tile, scale, out=room)
         yield made
 

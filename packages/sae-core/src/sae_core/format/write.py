@@ -47,7 +47,7 @@ from sae_core.format.slices import SharedWriter, TensorPart
 from sae_core.format.stream import write_tensors
 from sae_core.format.training_form import needs_training_form, training_header, training_tensors
 from sae_core.format.trouble import trouble
-from sae_core.latent_ranks import LatentRanks, latents_over
+from sae_core.latent_ranks import LatentRanks
 from sae_core.plugins.records import CORE
 from sae_core.scaled_rows import scaling_put_off
 
@@ -103,13 +103,12 @@ def _contents(sae: Dictionary, path: Path) -> _Contents:
 def _save_over_ranks(sae: Dictionary, ranks: LatentRanks, path: Path, *, overwrite: bool) -> Path:
     """The first rank decides, as one process does; whatever is wrong anywhere is raised everywhere."""
     what, problem = None, None
-    with latents_over(ranks):
-        try:
-            what = _contents(sae, path)
-            for name, tensor in what.tensors.items():
-                _check_finite(path, name, tensor)
-        except SaeCoreError as error:
-            problem = str(error)
+    try:
+        what = _contents(sae, path)
+        for name, tensor in what.tensors.items():
+            _check_finite(path, name, tensor)
+    except SaeCoreError as error:
+        problem = str(error)
     problems = [problem for problem in ranks.everyone(problem) if problem is not None]
     if problems or what is None:
         raise FormatError(problems[0])

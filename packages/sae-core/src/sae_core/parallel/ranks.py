@@ -86,9 +86,7 @@ class Ranks:
         over_latents = Ranks(mesh.get_group("latents"), self._watch)
         made = Ranks(mesh.get_group("data"), self._watch, self, over_latents)
         for each in (over_latents, made):
-            each.whole(
-                torch.zeros(1, device=device), each.size
-            )  # connections are made while everybody is known to come
+            each.whole(torch.zeros(1, device=device), each.size)  # connects while everybody is known to come
             each.wait_long()
         return made
 

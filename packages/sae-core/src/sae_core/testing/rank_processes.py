@@ -2,8 +2,9 @@
 
     codes = exit_codes(start_ranks(2, train))  # runs train() as rank 0 and as rank 1
 
-They find each other as processes that torchrun started do, through environment variables. The process that forks must have
-trained with one thread at most: PyTorch's pools of threads do not survive a fork.
+A test runs a program that does so with `run_program`. Ranks find each other as processes that torchrun started do, through
+environment variables. The process that forks must have trained with one thread at most: PyTorch's pools of threads do not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -11,12 +12,29 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["exit_codes", "start_ranks"]
+__all__ = ["exit_codes", "run_program", "start_ranks"]
+
+
+def run_program(program: Path, *arguments: Path) -> str:
+    """What a Python file prints that runs in a process of its own, with one thread and no GPU; it has ten minutes.
+
+    Raises AssertionError with what it says where it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, str(program), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def start_ranks(

@@ -141,9 +141,8 @@ def read_checkpoint(folder: Path, *, check: bool = True) -> dict[str, Any]:
         if latent is not None and ranks is not None:
             here = latents_here(tensor.shape[latent], ranks)
             tensor = tensor.narrow(latent, here.start, len(here))
-        return (
-            tensor.clone()
-        )  # what safetensors gives is mapped from the file, which may be removed while training goes on
+        # Cloned: what safetensors gives is mapped from the file, which may be removed while training goes on.
+        return tensor.clone()
 
     with trouble(path, "reading"):
         state = _with_tensors(content["state"], taken)

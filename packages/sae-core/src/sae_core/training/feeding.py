@@ -31,9 +31,8 @@ __all__ = ["FedSource", "fed", "feed"]
 
 _BATCH, _PLACE, _GO, _END = range(4)
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HEADER: Final = (
-    7  # items of the whole batch, of a row: positions, width, width of targets; dtype; on a GPU; what happened
-)
+# Items of the whole batch; of a row: positions, width, width of targets; dtype; on a GPU; what happened.
+_HEADER: Final = 7
 _GIVEN, _ENDED, _FAILED = range(3)
 
 
